@@ -1,0 +1,10 @@
+"""The one error a person is meant to read.
+
+Everything a user can cause (a missing file, a pickle, a wrong key, too little memory) raises `AxiconError` with one
+line that says what is wrong, where, and what to do. The edges print that line and exit with a code that is not 0;
+anything else that escapes is a defect and keeps its traceback.
+"""
+
+
+class AxiconError(Exception):
+    """What went wrong, where, and the way out, in one line."""

@@ -1,0 +1,101 @@
+"""What goes into the engine and what comes out: plain data, safe to hand between threads."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+FinishReason = Literal["stop", "length", "cancelled", "deadline", "error"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams:
+    """How one request is continued. Checked where it enters (`Engine.add` raises `RequestError`), never later."""
+
+    max_tokens: int = 16
+    min_tokens: int = 0
+    temperature: float = 1.0
+    """0 means greedy."""
+    top_p: float = 1.0
+    top_k: int = 0
+    """0 means no limit."""
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    seed: int | None = None
+    """64-bit. The engine draws one at admission when it is None."""
+    stop: Sequence[str] = ()
+    stop_token_ids: Sequence[int] = ()
+    ignore_eos: bool = False
+    logprobs: int | None = None
+    """Alternatives reported per generated token; 0 reports the chosen token alone; None reports nothing."""
+    prompt_logprobs: int | None = None
+    """The same for the prompt's own tokens (the first has none)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """One choice to generate. A request with `n` choices is `n` of these with `choice` 0..n-1 and the same seed."""
+
+    id: str
+    prompt: Sequence[int]
+    """Token ids, at least one."""
+    params: SamplingParams = SamplingParams()
+    choice: int = 0
+    deadline: float | None = None
+    """`time.monotonic()` seconds after which it is ended with reason "deadline"."""
+    adapter: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """Log-probability (natural log, from the raw logits) of one token and of the best alternatives there."""
+
+    token: int
+    logprob: float | None
+    """None for the first token of a prompt, which nothing predicts."""
+    top: tuple[tuple[int, float], ...] = ()
+    """(token, logprob), best first."""
+    text_offset: int = 0
+    """Where the token's text begins, in characters from the start of the text it belongs to."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Delta:
+    """What one step added to one request. The texts of all deltas of a request, joined, are its final text."""
+
+    request_id: str
+    choice: int = 0
+    text: str = ""
+    """Never half a character, never a part of a stop string."""
+    tokens: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprob, ...] = ()
+    prompt_logprobs: tuple[TokenLogprob, ...] | None = None
+    """Set once, with the first delta, when asked for."""
+    finish_reason: FinishReason | None = None
+    """Set on the last delta of a request."""
+    stop_reason: str | int | None = None
+    """The stop string or stop token id that ended it."""
+    error: str | None = None
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    """Counts so far."""
+
+
+class RequestError(ValueError):
+    """A request that cannot be served as asked. `param` names the field, for an API error body."""
+
+    def __init__(self, message: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+
+
+class Overloaded(Exception):
+    """The queue is full; `retry_after` seconds is when trying again makes sense."""
+
+    def __init__(self, message: str, retry_after: int = 1) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
