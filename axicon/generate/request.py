@@ -99,3 +99,36 @@ class Overloaded(Exception):
     def __init__(self, message: str, retry_after: int = 1) -> None:
         super().__init__(message)
         self.retry_after = retry_after
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """What an engine accepts. Lengths are tokens; what the model itself cannot do is refused without being listed."""
+
+    max_queue: int = 256
+    """Requests that may wait; one more is answered with `Overloaded`."""
+    max_model_len: int | None = None
+    """Prompt and output together; None means what the model knows and the cache holds."""
+    max_logprobs: int = 20
+    max_stops: int = 16
+    max_logit_bias: int = 1024
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineStats:
+    """Counts and gauges at one moment. Everything named `_total` only ever grows."""
+
+    running: int = 0
+    waiting: int = 0
+    slots_reserved: int = 0
+    """Cache slots per KV head that admitted requests have set aside, of `slots`."""
+    slots: int = 0
+    steps_total: int = 0
+    prompt_tokens_total: int = 0
+    """Prompt tokens computed."""
+    generated_tokens_total: int = 0
+    finished_total: Mapping[FinishReason, int] = field(default_factory=dict)
+    step_seconds: float = 0.0
+    """Wall time of the last step that computed something."""
+    step_tokens: int = 0
+    """Nodes computed in that step."""
