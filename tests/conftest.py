@@ -1,0 +1,67 @@
+"""What every test runs under. Set before anything imports Ray or torch, because both read it at import."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import tempfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+RAY_TMPDIR = tempfile.mkdtemp(prefix="ax-")
+"""Private, so that no other Ray is found or disturbed; short, because socket paths are limited."""
+
+os.environ |= {
+    "RAY_TMPDIR": RAY_TMPDIR,
+    "RAY_AUTH_MODE": "token",
+    "RAY_AUTH_TOKEN": "axicon-tests",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
+    "OMP_NUM_THREADS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+# Kept between runs, so that the embedded model is converted once and not in every run.
+os.environ.setdefault("AXICON_CACHE", str(ROOT / ".cache"))
+
+
+def pytest_unconfigure() -> None:
+    shutil.rmtree(RAY_TMPDIR, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """Public data sets: the folder in AXICON_DATA, or `shared/data` beside the repository."""
+    path = Path(os.environ.get("AXICON_DATA", ROOT.parent / "shared" / "data"))
+    if not path.is_dir():
+        pytest.skip(f"no data sets at {path}: name their folder in AXICON_DATA")
+    return path
+
+
+@pytest.fixture
+def free_port() -> int:
+    """A loopback TCP port that was free a moment ago."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture(autouse=True)
+def _loopback_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A test that connects to another machine fails."""
+    connect = socket.socket.connect
+
+    def guarded(self: socket.socket, address: object) -> None:
+        # A datagram socket "connects" without sending anything; Ray asks for its own address that way.
+        if self.family in (socket.AF_INET, socket.AF_INET6) and self.type == socket.SOCK_STREAM:
+            host = str(address[0]) if isinstance(address, tuple) else ""
+            if host not in ("127.0.0.1", "::1", "localhost"):
+                pytest.fail(f"a test tried to connect to {address}")
+        connect(self, address)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(socket.socket, "connect", guarded)
