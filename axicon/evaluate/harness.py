@@ -53,7 +53,7 @@ class GenerationEngine(Protocol):
     def step(self) -> list[Delta]: ...
 
 
-class AxiconLM(TemplateLM):  # type: ignore[misc]  # lm-eval is untyped
+class AxiconLM(TemplateLM):
     """`decoder` scores; `engine`, over the same weights, continues (without one, generating tasks are
     refused).
 

@@ -32,6 +32,7 @@ def run_tasks(
     tasks: Sequence[str],
     *,
     data_dir: str | Path | None = None,
+    include: Sequence[str | Path] = (),
     limit: int | None = None,
     fewshot: int | None = None,
     seed: int = 1234,
@@ -40,9 +41,9 @@ def run_tasks(
     """Results as `lm_eval.simple_evaluate` gives them, plus `task_hashes` as lm-eval's command line adds
     them.
 
-    `lm` is an `lm_eval.api.model.LM`. `limit` takes the first so many documents of each task; `fewshot` sets
-    the number of worked examples of tasks that do not fix it at 0. Raises AxiconError for an unknown task and
-    for data that cannot be had.
+    `lm` is an `lm_eval.api.model.LM`. `include` are folders with further task files, whose Python runs here.
+    `limit` takes the first so many documents of each task; `fewshot` sets the number of worked examples of
+    tasks that do not fix it at 0. Raises AxiconError for an unknown task and for data that cannot be had.
     """
     try:
         import lm_eval
@@ -53,11 +54,15 @@ def run_tasks(
         raise AxiconError(f"no task named; those that read local files are {', '.join(local_tasks())}")
     if data_dir is not None and not Path(data_dir).expanduser().is_dir():
         raise AxiconError(f"data={data_dir}: no such folder")
+    for folder in include:
+        if not Path(folder).expanduser().is_dir():
+            raise AxiconError(f"include={folder}: no such folder")
     ours = data_dir is not None
+    folders = [*([TASKS_DIR] if ours else []), *(Path(folder).expanduser() for folder in include)]
     with _quiet():
         manager = TaskManager(
-            include_path=str(TASKS_DIR) if ours else None,
-            include_defaults=not ours or not set(tasks) <= set(local_tasks()),
+            include_path=folders or None,
+            include_defaults=not ours or bool(include) or not set(tasks) <= set(local_tasks()),
             metadata={"data_dir": str(data_dir)} if ours else None,
         )
         _check_names(tasks, manager, ours)
