@@ -8,6 +8,7 @@ does not fit is cut from the left. Importing this module needs lm-eval (the extr
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
@@ -16,8 +17,8 @@ import torch
 from torch import Tensor
 
 from axicon.errors import AxiconError
-from axicon.evaluate.packed import PackedCausal
-from axicon.evaluate.perplexity import HEAD_ROWS, LanguageModel
+from axicon.evaluate.packed import LanguageModel, hidden_states
+from axicon.evaluate.perplexity import HEAD_ROWS
 from axicon.generate.request import Delta, Overloaded, Request, RequestError, SamplingParams
 
 try:
@@ -192,16 +193,12 @@ class AxiconLM(TemplateLM):
         return [score for score in scores if score is not None]
 
     def _score(self, inputs: Sequence[Text], targets: Sequence[Sequence[list[int]]]) -> Iterator[Scored]:
-        """Scores of all `targets` of all inputs, in order. A target of n tokens is predicted by the last n
-        rows."""
-        lengths = [len(tokens) for tokens in inputs]
-        tokens_N = torch.tensor([token for tokens in inputs for token in tokens])
-        positions_N = torch.cat([torch.arange(length) for length in lengths])
-        x_ND = self.decoder(tokens_N, positions_N, PackedCausal(lengths))
-        ends = torch.tensor(lengths).cumsum(0).tolist()
+        """Scores of all `targets` of all inputs, in order. The last n rows predict a target of n."""
+        x_ND = hidden_states(self.decoder, inputs)
+        ends = itertools.accumulate(len(tokens) for tokens in inputs)
         wanted = [(end, target) for end, group in zip(ends, targets, strict=True) for target in group]
-        rows_R = torch.cat([torch.arange(end - len(target), end) for end, target in wanted])
-        targets_R = torch.tensor([token for _, target in wanted for token in target])
+        rows_R = torch.cat([torch.arange(end - len(target), end) for end, target in wanted]).to(x_ND.device)
+        targets_R = torch.tensor([token for _, target in wanted for token in target], device=x_ND.device)
         logprobs_R, greedy_R = self._token_scores(x_ND[rows_R], targets_R)
         sizes = [len(target) for _, target in wanted]
         for logprobs, greedy in zip(

@@ -3,11 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from axicon.model.attention import dense_attention
+from axicon.model.decoder import Attend, Block
+
+
+class LanguageModel(Protocol):
+    """What is asked of a `Decoder` here: hidden states of packed rows, and logits of chosen rows."""
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def __call__(self, tokens_N: Tensor, positions_N: Tensor, attend: Attend) -> Tensor: ...
+
+    def head(self, x_ND: Tensor) -> Tensor: ...
 
 
 class PackedCausal:
@@ -19,25 +32,14 @@ class PackedCausal:
     def __init__(self, lengths: Sequence[int]) -> None:
         self.lengths = list(lengths)
 
-    def __call__(self, block: Any, q_NHK: Tensor, k_NGK: Tensor, v_NGK: Tensor) -> Tensor:
-        parts = zip(*(torch.split(x, self.lengths) for x in (q_NHK, k_NGK, v_NGK)), strict=True)
-        return torch.cat([self._one(block, q, k, v) for q, k, v in parts])
+    def __call__(self, block: Block, q_NHK: Tensor, k_NGK: Tensor, v_NGK: Tensor) -> Tensor:
+        parts = zip(*(torch.split(x[None], self.lengths, 1) for x in (q_NHK, k_NGK, v_NGK)), strict=True)
+        return torch.cat([dense_attention(q, k, v, block.scale, block.window)[0] for q, k, v in parts])
 
-    def _one(self, block: Any, q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor) -> Tensor:
-        length, heads, _ = q_THK.shape
-        window = block.window
-        mask_TT = None
-        if window is not None and window < length:
-            age_TT = torch.arange(length)[:, None] - torch.arange(length)[None, :]
-            mask_TT = (age_TT >= 0) & (age_TT < window)
-        q, k, v = (x.transpose(0, 1)[None] for x in (q_THK, k_TGK, v_TGK))
-        o_1HTK = F.scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            attn_mask=mask_TT,
-            is_causal=mask_TT is None,
-            scale=block.scale,
-            enable_gqa=heads != k_TGK.shape[1],
-        )
-        return o_1HTK[0].transpose(0, 1)
+
+def hidden_states(model: LanguageModel, texts: Sequence[Sequence[int]]) -> Tensor:
+    """(N, D) of all tokens of all texts, in one pass."""
+    lengths = [len(text) for text in texts]
+    tokens_N = torch.tensor([token for text in texts for token in text], device=model.device)
+    positions_N = torch.cat([torch.arange(length) for length in lengths]).to(model.device)
+    return model(tokens_N, positions_N, PackedCausal(lengths))

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from axicon.errors import AxiconError
-from axicon.evaluate.packed import PackedCausal
+from axicon.evaluate.packed import LanguageModel, hidden_states
 
 PROTOCOL = "gptq"
 HEAD_ROWS = 256
@@ -36,14 +36,6 @@ Progress = Callable[[int, int, float], None]
 
 class Tokenizer(Protocol):
     def __call__(self, text: str, **options: Any) -> Any: ...
-
-
-class LanguageModel(Protocol):
-    """What is asked of a Decoder here."""
-
-    def __call__(self, tokens_N: Tensor, positions_N: Tensor, attend: Any) -> Tensor: ...
-
-    def head(self, x_ND: Tensor) -> Tensor: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -129,18 +121,16 @@ def cut_windows(tokens_T: Tensor, window: int, windows: int | None = None) -> Te
 
 def window_losses(model: LanguageModel, windows_BT: Tensor) -> Iterator[float]:
     """Mean next-token cross entropy of each window, in nats."""
-    count, length = windows_BT.shape
-    positions_N = torch.arange(length).repeat(count)
-    x_ND = model(windows_BT.reshape(-1), positions_N, PackedCausal([length] * count))
+    length = windows_BT.shape[1]
+    x_ND = hidden_states(model, windows_BT.tolist())
     for x_TD, tokens_T in zip(torch.split(x_ND, length), windows_BT, strict=True):
-        yield math.fsum(_losses(model, x_TD[:-1], tokens_T[1:])) / (length - 1)
+        yield math.fsum(_losses(model, x_TD[:-1], tokens_T[1:].to(x_TD.device))) / (length - 1)
 
 
 def _losses(model: LanguageModel, x_TD: Tensor, targets_T: Tensor) -> Iterator[float]:
     """Summed cross entropy of each piece of rows: float32 per row, float64 over rows."""
     for x_RD, targets_R in zip(torch.split(x_TD, HEAD_ROWS), torch.split(targets_T, HEAD_ROWS), strict=True):
-        logits_RV = model.head(x_RD).float()
-        yield F.cross_entropy(logits_RV, targets_R, reduction="none").double().sum().item()
+        yield F.cross_entropy(model.head(x_RD).float(), targets_R, reduction="none").double().sum().item()
 
 
 def _check_settings(model: LanguageModel, window: int, windows: int | None, batch: int) -> None:

@@ -25,6 +25,8 @@ LENGTH = 64
 class Reference:
     """A transformers model behind the calls the adapter makes."""
 
+    device = torch.device("cpu")
+
     def __init__(self, model: LlamaForCausalLM) -> None:
         self.model = model
 

@@ -35,6 +35,8 @@ class Cyclic:
 class Fake:
     """A language model with the hidden state = its token, and a head made by the test."""
 
+    device = torch.device("cpu")
+
     def __init__(self, logits: Any) -> None:
         self.logits = logits
         self.head_rows: list[int] = []
