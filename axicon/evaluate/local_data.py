@@ -33,8 +33,8 @@ def load(
 
     `files` lists, per split, the places to look in (relative to `data_dir`, without suffix), the first that
     exists wins. Every record must have all `fields`. With `labels`, a `label` may be one of them or already
-    an index into them, and becomes the index. A split named in `optional` may be absent. lm-eval adds
-    keywords of its own.
+    an index into them, and becomes the index. A split named in `optional` may be absent and is empty then.
+    lm-eval adds keywords of its own.
     """
     import datasets
 
@@ -48,7 +48,9 @@ def load(
         path = _find(root, stems)
         if path is not None:
             splits[split] = datasets.Dataset.from_list(_rows(path, fields, labels))
-        elif split not in optional:
+        elif split in optional:
+            splits[split] = datasets.Dataset.from_dict({field: [] for field in fields})
+        else:
             wanted = " or ".join(f"{stem}{{{','.join(RECORD_SUFFIXES)}}}" for stem in stems)
             raise AxiconError(f"data={root}: holds no {wanted} (records with {', '.join(fields)})")
     return datasets.DatasetDict(splits)

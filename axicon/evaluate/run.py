@@ -60,11 +60,10 @@ def run_tasks(
     ours = data_dir is not None
     folders = [*([TASKS_DIR] if ours else []), *(Path(folder).expanduser() for folder in include)]
     with _quiet():
-        manager = TaskManager(
-            include_path=folders or None,
-            include_defaults=not ours or bool(include) or not set(tasks) <= set(local_tasks()),
-            metadata={"data_dir": str(data_dir)} if ours else None,
-        )
+        metadata = {"data_dir": str(data_dir)} if ours else None
+        manager = TaskManager(include_path=folders, include_defaults=False, metadata=metadata)
+        if not set(tasks) <= set(manager.all_tasks):  # reading all of lm-eval's own takes seconds
+            manager = TaskManager(include_path=folders, metadata=metadata)
         _check_names(tasks, manager, ours)
         try:
             results = lm_eval.simple_evaluate(

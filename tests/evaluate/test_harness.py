@@ -7,13 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-pytest.importorskip("lm_eval", reason="lm-eval is not installed")
-
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from axicon.errors import AxiconError
 from axicon.evaluate.harness import AxiconLM
