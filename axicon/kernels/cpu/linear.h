@@ -1,0 +1,163 @@
+// Linear layers over any number of rows, y += x W^T, one file per way of storing W.
+//
+// Packed weights lie in blocks of 16 outputs: (N / 16, K / group, 16, group) with the `group` inputs that one
+// instruction multiplies side by side, so one 64-byte load feeds every row of the tile.
+//   int8  group 4, bytes w + 128 (vpdpbusd wants its first factor unsigned); LLM.int8 arithmetic with outliers per row
+//   bf16  group 2, vdpbf16ps with float accumulators
+// Each output is summed over k in one fixed order, whatever the tile, the thread or the other rows of the batch:
+// a row's bits depend on that row alone.
+#pragma once
+#include <algorithm>
+#include <vector>
+
+#include "simd.h"
+
+namespace axicon {
+
+enum Format : int32_t { BF16 = 0, INT8 = 1 };
+
+struct Linear {
+    int32_t format, outputs, inputs;
+    float threshold;        // LLM.int8: entries of at least this magnitude stay apart; 0: none do
+    const void* weight;     // packed as above
+    const float* scale;     // (N,) absmax of each output's weights; int8 only
+    const float* bias;      // (N,) or null
+};
+
+struct Outlier { int32_t k; float x; };
+
+// One encoded row of activations.
+struct Encoded {
+    float scale;
+    int32_t sum;
+    std::vector<Outlier> outliers;
+};
+
+inline size_t encoded_bytes(const Linear& l) { return size_t(l.inputs) * (l.format == INT8 ? 1 : 2); }
+
+inline void encode_int8(const float* x, int K, float threshold, int8_t* q, Encoded& e) {
+    const __m512 limit = _mm512_set1_ps(threshold > 0 ? threshold : INFINITY);
+    __m512 top = _mm512_setzero_ps();
+    for (int k = 0; k < K; k += LANES) {
+        const __m512 a = _mm512_abs_ps(_mm512_loadu_ps(x + k));
+        top = _mm512_mask_max_ps(top, _mm512_cmp_ps_mask(a, limit, _CMP_LT_OQ), top, a);
+    }
+    e.scale = _mm512_reduce_max_ps(top);
+    e.outliers.clear();
+    const __m512 inverse = _mm512_set1_ps(e.scale > 0 ? 127.0f / e.scale : 0.0f);
+    __m512i sum = _mm512_setzero_si512();
+    for (int k = 0; k < K; k += LANES) {
+        const __m512 v = _mm512_loadu_ps(x + k);
+        const __mmask16 inside = _mm512_cmp_ps_mask(_mm512_abs_ps(v), limit, _CMP_LT_OQ);
+        const __m512i i = _mm512_maskz_cvtps_epi32(inside, _mm512_mul_ps(v, inverse));
+        sum = _mm512_add_epi32(sum, i);
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(q + k), _mm512_cvtepi32_epi8(i));
+        for (uint32_t out = uint16_t(~inside); out; out &= out - 1) {
+            const int l = __builtin_ctz(out);
+            e.outliers.push_back({k + l, x[k + l]});
+        }
+    }
+    e.sum = _mm512_reduce_add_epi32(sum);
+}
+
+inline void encode(const Linear& l, const float* x, void* to, Encoded& e) {
+    if (l.format == INT8) return encode_int8(x, l.inputs, l.threshold, static_cast<int8_t*>(to), e);
+    bf16* q = static_cast<bf16*>(to);
+    for (int k = 0; k < l.inputs; k += LANES) store_bf16(q + k, _mm512_loadu_ps(x + k));
+}
+
+// M rows times B blocks of 16 outputs, starting at block `block`. `store(m, o, value)` takes the results.
+template <int M, int B, class Store>
+inline void tile_int8(const Linear& l, const int8_t* q, const Encoded* rows, int block, Store&& store) {
+    const int K = l.inputs;
+    const uint8_t* w = static_cast<const uint8_t*>(l.weight) + size_t(block) * K * LANES;
+    __m512i acc[M][B];
+    unroll<M>([&](auto m) { unroll<B>([&](auto b) { acc[m][b] = _mm512_setzero_si512(); }); });
+    for (int k = 0; k < K; k += 4) {
+        __m512i wv[B];
+        unroll<B>([&](auto b) { wv[b] = _mm512_loadu_si512(w + (size_t(b) * K + k) * LANES); });
+        unroll<M>([&](auto m) {
+            int32_t four;
+            memcpy(&four, q + size_t(m) * K + k, 4);
+            const __m512i x = _mm512_set1_epi32(four);
+            unroll<B>([&](auto b) { acc[m][b] = _mm512_dpbusd_epi32(acc[m][b], wv[b], x); });
+        });
+    }
+    unroll<M>([&](auto m) {
+        const Encoded& e = rows[m];
+        unroll<B>([&](auto b) {
+            const int o = (block + b) * LANES;
+            const __m512 scale = _mm512_loadu_ps(l.scale + o);
+            const __m512i dot = _mm512_sub_epi32(acc[m][b], _mm512_set1_epi32(128 * e.sum));
+            __m512 y = _mm512_mul_ps(_mm512_cvtepi32_ps(dot), _mm512_mul_ps(scale, _mm512_set1_ps(e.scale / 16129.0f)));
+            if (!e.outliers.empty()) {
+                __m512 extra = _mm512_setzero_ps();
+                for (const Outlier& out : e.outliers) {
+                    const __m512i four = _mm512_loadu_si512(w + (size_t(b) * K + (out.k & ~3)) * LANES);
+                    const __m512i byte = _mm512_and_si512(_mm512_srlv_epi32(four, _mm512_set1_epi32(8 * (out.k & 3))), _mm512_set1_epi32(255));
+                    extra = _mm512_fmadd_ps(_mm512_set1_ps(out.x), _mm512_cvtepi32_ps(_mm512_sub_epi32(byte, _mm512_set1_epi32(128))), extra);
+                }
+                y = _mm512_fmadd_ps(extra, _mm512_mul_ps(scale, _mm512_set1_ps(1.0f / 127.0f)), y);
+            }
+            store(m, o, y);
+        });
+    });
+}
+
+template <int M, int B, class Store>
+inline void tile_bf16(const Linear& l, const bf16* q, int block, Store&& store) {
+    const int K = l.inputs;
+    const bf16* w = static_cast<const bf16*>(l.weight) + size_t(block) * K * LANES;
+    __m512 acc[M][B];
+    unroll<M>([&](auto m) { unroll<B>([&](auto b) { acc[m][b] = _mm512_setzero_ps(); }); });
+    for (int k = 0; k < K; k += 2) {
+        __m512i wv[B];
+        unroll<B>([&](auto b) { wv[b] = _mm512_loadu_si512(w + (size_t(b) * K + k) * LANES); });
+        unroll<M>([&](auto m) {
+            int32_t two;
+            memcpy(&two, q + size_t(m) * K + k, 4);
+            const __m512i x = _mm512_set1_epi32(two);
+#ifdef __AVX512BF16__
+            unroll<B>([&](auto b) { acc[m][b] = _mm512_dpbf16_ps(acc[m][b], (__m512bh)wv[b], (__m512bh)x); });
+#else
+            const __m512 lo = _mm512_castsi512_ps(_mm512_slli_epi32(x, 16)), hi = _mm512_castsi512_ps(_mm512_and_si512(x, _mm512_set1_epi32(0xffff0000)));
+            unroll<B>([&](auto b) {
+                acc[m][b] = _mm512_fmadd_ps(lo, _mm512_castsi512_ps(_mm512_slli_epi32(wv[b], 16)), acc[m][b]);
+                acc[m][b] = _mm512_fmadd_ps(hi, _mm512_castsi512_ps(_mm512_and_si512(wv[b], _mm512_set1_epi32(0xffff0000))), acc[m][b]);
+            });
+#endif
+        });
+    }
+    unroll<M>([&](auto m) { unroll<B>([&](auto b) { store(m, (block + b) * LANES, acc[m][b]); }); });
+}
+
+template <int M, int B, class Store>
+inline void tile(const Linear& l, const char* q, const Encoded* rows, int row, int block, Store&& store) {
+    auto shifted = [&](int m, int o, __m512 y) {
+        if (l.bias) y = _mm512_add_ps(y, _mm512_loadu_ps(l.bias + o));
+        store(row + m, o, y);
+    };
+    const char* from = q + size_t(row) * encoded_bytes(l);
+    if (l.format == INT8)
+        tile_int8<M, B>(l, reinterpret_cast<const int8_t*>(from), rows + row, block, shifted);
+    else
+        tile_bf16<M, B>(l, reinterpret_cast<const bf16*>(from), block, shifted);
+}
+
+// All rows times `count` blocks of 16 outputs.
+template <class Store>
+inline void multiply(const Linear& l, const char* q, const Encoded* rows, int R, int block, int count, Store&& store) {
+    for (; count > 0; block += 2, count -= 2) {
+        auto some = [&](auto m, int row) {
+            if (count >= 2) tile<m, 2>(l, q, rows, row, block, store);
+            else tile<m, 1>(l, q, rows, row, block, store);
+        };
+        int row = 0;
+        for (; row + 8 <= R; row += 8) some(std::integral_constant<int, 8>{}, row);
+        if (R - row >= 4) { some(std::integral_constant<int, 4>{}, row); row += 4; }
+        if (R - row >= 2) { some(std::integral_constant<int, 2>{}, row); row += 2; }
+        if (R - row >= 1) some(std::integral_constant<int, 1>{}, row);
+    }
+}
+
+}  // namespace axicon

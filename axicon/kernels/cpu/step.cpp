@@ -1,0 +1,295 @@
+// One step of a decoder in one call: every row of the step through every block, all threads in one parallel region.
+//
+// A small model spends its time between the products, not in them: 30 blocks of 5 calls each cost more in dispatch
+// than the weights cost in memory traffic. Here threads are started once a step and meet at barriers; work inside a
+// stage is claimed in small pieces from a counter, so that a thread that loses its core holds the others up little.
+// The residual stream and all activations between products are float32; products see bf16 or int8 (see linear.h).
+#include <omp.h>
+
+#include <atomic>
+#include <memory>
+#include <vector>
+
+#include "attention.h"
+#include "linear.h"
+
+namespace axicon {
+
+enum Norm : int32_t { RMS = 0, LAYER = 1 };
+enum Activation : int32_t { SILU_GATED = 0, RELU = 1, GELU = 2, GELU_TANH = 3 };
+
+struct NormWeights {
+    const float *weight, *bias;  // null: absent
+};
+
+struct Block {
+    NormWeights before_attention, before_mlp, query, key;
+    Linear qkv, out, up, down;
+    int32_t window;  // 0: full attention
+    float scale;
+};
+
+struct Model {
+    int32_t blocks, width, heads, kv_heads, head_width, hidden, norm, activation, position_offset, reserved;
+    float epsilon;
+    const bf16* embedding;        // (V, D)
+    const bf16* positions;        // (P, D) or null
+    const float* rotary;          // (P, K): cosines then sines, or null
+    const Block* block;
+    NormWeights final_norm;
+    Linear head;
+};
+
+struct Step {
+    int32_t rows, wanted, tree_words, threads;
+    const int64_t *tokens, *positions;
+    const int32_t* request;       // (rows,) index into `committed` and, per block, into `extents`
+    const int32_t* offset;        // (rows,) place of the row among the staged nodes of its request
+    const int32_t* committed;     // (requests,) committed slots of every head, unless the extent says otherwise
+    int32_t requests, reserved;
+    const Extent* extents;        // (blocks, requests)
+    const uint64_t* hidden;       // (rows, tree_words): staged nodes a row does not see; null for chains
+    const int32_t* wanted_rows;   // (wanted,)
+    float* logits;                // (wanted, V)
+};
+
+namespace {
+
+class Team {  // stages of work shared by the threads of a step
+public:
+    explicit Team(int stages) : next_(new std::atomic<int>[stages]) {
+        for (int i = 0; i < stages; ++i) next_[i].store(0, std::memory_order_relaxed);
+    }
+    // Runs f(piece) for every piece, each on some thread; all threads leave together.
+    template <class F>
+    void share(int& stage, int pieces, F&& f) {
+        std::atomic<int>& next = next_[stage++];
+        for (int i; (i = next.fetch_add(1, std::memory_order_relaxed)) < pieces;) f(i);
+#pragma omp barrier
+    }
+
+private:
+    std::unique_ptr<std::atomic<int>[]> next_;
+};
+
+void normalise(const Model& m, const NormWeights& n, const float* x, int width, float* y) {
+    __m512 sum = _mm512_setzero_ps(), squares = _mm512_setzero_ps();
+    if (m.norm == LAYER)
+        for (int i = 0; i < width; i += LANES) sum = _mm512_add_ps(sum, _mm512_loadu_ps(x + i));
+    const __m512 mean = _mm512_set1_ps(_mm512_reduce_add_ps(sum) / width);
+    for (int i = 0; i < width; i += LANES) {
+        const __m512 v = _mm512_sub_ps(_mm512_loadu_ps(x + i), mean);
+        squares = _mm512_fmadd_ps(v, v, squares);
+    }
+    const __m512 inverse = _mm512_set1_ps(1.0f / std::sqrt(_mm512_reduce_add_ps(squares) / width + m.epsilon));
+    for (int i = 0; i < width; i += LANES) {
+        __m512 v = _mm512_mul_ps(_mm512_sub_ps(_mm512_loadu_ps(x + i), mean), inverse);
+        if (n.weight) v = _mm512_mul_ps(v, _mm512_loadu_ps(n.weight + i));
+        if (n.bias) v = _mm512_add_ps(v, _mm512_loadu_ps(n.bias + i));
+        _mm512_storeu_ps(y + i, v);
+    }
+}
+
+void activate(const Model& m, const float* up, float* y) {
+    const int F = m.hidden;
+    if (m.activation == SILU_GATED) {
+        for (int i = 0; i < F; i += LANES) {
+            const __m512 g = _mm512_loadu_ps(up + i), one = _mm512_set1_ps(1.0f);
+            const __m512 s = _mm512_div_ps(g, _mm512_add_ps(one, exp(_mm512_sub_ps(_mm512_setzero_ps(), g))));
+            _mm512_storeu_ps(y + i, _mm512_mul_ps(s, _mm512_loadu_ps(up + F + i)));
+        }
+    } else if (m.activation == RELU) {
+        for (int i = 0; i < F; i += LANES) _mm512_storeu_ps(y + i, _mm512_max_ps(_mm512_loadu_ps(up + i), _mm512_setzero_ps()));
+    } else {
+        for (int i = 0; i < F; ++i) {
+            const float x = up[i];
+            y[i] = m.activation == GELU ? 0.5f * x * (1.0f + std::erf(x * 0.70710678f))
+                                        : 0.5f * x * (1.0f + std::tanh(0.79788456f * (x + 0.044715f * x * x * x)));
+        }
+    }
+}
+
+struct Tile { int row, count; };  // adjacent rows of one request
+
+// Large tiles share the reading of the cache, small ones share the work: a few rows a tile is enough for both.
+std::vector<Tile> tiles(const Step& s) {
+    std::vector<Tile> all;
+    for (int r = 0; r < s.rows; ++r) {
+        const bool joins = !all.empty() && s.request[r] == s.request[all.back().row] && all.back().count < 8;
+        if (joins) ++all.back().count;
+        else all.push_back({r, 1});
+    }
+    return all;
+}
+
+int committed(const Step& s, int row, int group, const Extent& e) {
+    return e.lengths ? e.lengths[group] : s.committed[s.request[row]];
+}
+
+void attend_tile(const Model& m, const Block& b, const Step& s, const Tile& tile, int group, const float* qkv, const Extent& e, float* out) {
+    thread_local std::vector<float> q, scores;
+    thread_local std::vector<Query> queries;
+    const int K = m.head_width, per = m.heads / m.kv_heads, width = (m.heads + 2 * m.kv_heads) * K;
+    const int first = committed(s, tile.row, group, e);
+    q.resize(size_t(tile.count) * per * K);
+    queries.clear();
+    for (int r = tile.row; r < tile.row + tile.count; ++r) {
+        const int live = first + s.offset[r] + 1;
+        const int from = b.window > 0 ? std::max(0, int(s.positions[r]) + 1 - b.window) : 0;
+        for (int h = 0; h < per; ++h) {
+            float* to = q.data() + queries.size() * K;
+            memcpy(to, qkv + size_t(r) * width + (group * per + h) * K, K * sizeof(float));
+            if (b.query.weight) normalise(m, b.query, to, K, to);
+            rotate(to, m.rotary ? m.rotary + s.positions[r] * K : nullptr, K);
+            for (int i = 0; i < K; i += LANES) _mm512_storeu_ps(to + i, _mm512_mul_ps(_mm512_loadu_ps(to + i), _mm512_set1_ps(b.scale)));
+            queries.push_back({to, out + (size_t(r) * m.heads + group * per + h) * K, from, live, s.hidden ? s.hidden + size_t(r) * s.tree_words : nullptr});
+        }
+    }
+    const size_t at = size_t(group) * e.capacity * K;
+    auto run = [&](auto v) { attend<v>(queries.data(), int(queries.size()), e.keys + at, e.values + at, first, scores); };
+    switch (K) {
+        case 32: return run(std::integral_constant<int, 2>{});
+        case 64: return run(std::integral_constant<int, 4>{});
+        case 96: return run(std::integral_constant<int, 6>{});
+        default: return run(std::integral_constant<int, 8>{});
+    }
+}
+
+void append(const Model& m, const Block& b, const Step& s, int row, const float* qkv, const Extent& e) {
+    thread_local std::vector<float> k;
+    const int K = m.head_width;
+    for (int g = 0; g < m.kv_heads; ++g) {
+        const float* key = qkv + size_t(m.heads + g) * K;
+        const float* value = qkv + size_t(m.heads + m.kv_heads + g) * K;
+        k.assign(key, key + K);
+        if (b.key.weight) normalise(m, b.key, k.data(), K, k.data());
+        rotate(k.data(), m.rotary ? m.rotary + s.positions[row] * K : nullptr, K);
+        const size_t at = (size_t(g) * e.capacity + committed(s, row, g, e) + s.offset[row]) * K;
+        for (int i = 0; i < K; i += LANES) {
+            store_bf16(e.keys + at + i, _mm512_loadu_ps(k.data() + i));
+            store_bf16(e.values + at + i, _mm512_loadu_ps(value + i));
+        }
+    }
+}
+
+}  // namespace
+
+struct Buffers {
+    std::vector<float> x, qkv, attention, up, picked;
+    std::vector<char> encoded;
+    std::vector<Encoded> rows;
+};
+
+void run(const Model& m, const Step& s, Buffers& buf) {
+    const int R = s.rows, D = m.width, QKV = (m.heads + 2 * m.kv_heads) * m.head_width, A = m.heads * m.head_width;
+    const int U = m.activation == SILU_GATED ? 2 * m.hidden : m.hidden;
+    buf.x.resize(size_t(R) * D); buf.qkv.resize(size_t(R) * QKV); buf.attention.resize(size_t(R) * A);
+    buf.up.resize(size_t(R) * U); buf.rows.resize(R);
+    buf.encoded.resize(size_t(R) * 2 * std::max({D, A, m.hidden}));
+    float *x = buf.x.data(), *qkv = buf.qkv.data(), *attention = buf.attention.data(), *up = buf.up.data();
+    char* encoded = buf.encoded.data();
+    Encoded* rows = buf.rows.data();
+    const std::vector<Tile> parts = tiles(s);
+    Team team(m.blocks * 10 + 3);
+
+#pragma omp parallel num_threads(s.threads)
+    {
+        thread_local std::vector<float> line;
+        line.resize(std::max({D, A, m.hidden}));
+        float* h = line.data();
+        int stage = 0;
+        auto product = [&](const Linear& l, int R, auto&& store) {
+            const int blocks = l.outputs / LANES, grain = std::max(2, blocks / 64 & ~1);
+            team.share(stage, (blocks + grain - 1) / grain, [&](int i) {
+                multiply(l, encoded, rows, R, i * grain, std::min(grain, blocks - i * grain), store);
+            });
+        };
+        auto into = [](float* y, int width) {
+            return [=](int row, int o, __m512 v) { _mm512_storeu_ps(y + size_t(row) * width + o, v); };
+        };
+        auto residual = [&](int row, int o, __m512 v) {
+            float* y = x + size_t(row) * D + o;
+            _mm512_storeu_ps(y, _mm512_add_ps(_mm512_loadu_ps(y), v));
+        };
+        auto put = [&](const Linear& l, int row, const float* from) { encode(l, from, encoded + row * encoded_bytes(l), rows[row]); };
+
+        team.share(stage, R, [&](int r) {
+            for (int i = 0; i < D; i += LANES) {
+                __m512 v = load_bf16(m.embedding + s.tokens[r] * D + i);
+                if (m.positions) v = _mm512_add_ps(v, load_bf16(m.positions + (s.positions[r] + m.position_offset) * D + i));
+                _mm512_storeu_ps(x + size_t(r) * D + i, v);
+            }
+        });
+        for (int layer = 0; layer < m.blocks; ++layer) {
+            const Block& b = m.block[layer];
+            const Extent* extents = s.extents + size_t(layer) * s.requests;
+            team.share(stage, R, [&](int r) {
+                normalise(m, b.before_attention, x + size_t(r) * D, D, h);
+                put(b.qkv, r, h);
+            });
+            product(b.qkv, R, into(qkv, QKV));
+            team.share(stage, R, [&](int r) { append(m, b, s, r, qkv + size_t(r) * QKV, extents[s.request[r]]); });
+            team.share(stage, int(parts.size()) * m.kv_heads, [&](int i) {
+                const Tile& part = parts[i / m.kv_heads];
+                attend_tile(m, b, s, part, i % m.kv_heads, qkv, extents[s.request[part.row]], attention);
+            });
+            team.share(stage, R, [&](int r) { put(b.out, r, attention + size_t(r) * A); });
+            product(b.out, R, residual);
+            team.share(stage, R, [&](int r) {
+                normalise(m, b.before_mlp, x + size_t(r) * D, D, h);
+                put(b.up, r, h);
+            });
+            product(b.up, R, into(up, U));
+            team.share(stage, R, [&](int r) {
+                activate(m, up + size_t(r) * U, h);
+                put(b.down, r, h);
+            });
+            product(b.down, R, residual);
+        }
+        team.share(stage, s.wanted, [&](int i) {
+            normalise(m, m.final_norm, x + size_t(s.wanted_rows[i]) * D, D, h);
+            put(m.head, i, h);
+        });
+        product(m.head, s.wanted, into(s.logits, m.head.outputs));
+    }
+}
+
+}  // namespace axicon
+
+extern "C" {
+
+// w (N, K) int8 row-major -> packed bytes of w + 128.
+void axicon_pack_int8(const int8_t* w, int N, int K, uint8_t* packed) {
+#pragma omp parallel for
+    for (int o = 0; o < N; ++o)
+        for (int k = 0; k < K; ++k)
+            packed[(size_t(o / 16) * K + (k & ~3)) * 16 + (o % 16) * 4 + (k & 3)] = uint8_t(int(w[size_t(o) * K + k]) + 128);
+}
+
+void axicon_pack_bf16(const uint16_t* w, int N, int K, uint16_t* packed) {
+#pragma omp parallel for
+    for (int o = 0; o < N; ++o)
+        for (int k = 0; k < K; ++k)
+            packed[(size_t(o / 16) * K + (k & ~1)) * 16 + (o % 16) * 2 + (k & 1)] = w[size_t(o) * K + k];
+}
+
+void* axicon_buffers_new() { return new axicon::Buffers; }
+void axicon_buffers_delete(void* b) { delete static_cast<axicon::Buffers*>(b); }
+void axicon_step(const axicon::Model* m, const axicon::Step* s, void* b) { axicon::run(*m, *s, *static_cast<axicon::Buffers*>(b)); }
+
+// y (R, N) = x (R, K) W^T, all float32: one product alone, for tests and benchmarks.
+void axicon_linear(const axicon::Linear* l, const float* x, int R, float* y, int threads) {
+    std::vector<char> q(size_t(R) * axicon::encoded_bytes(*l));
+    std::vector<axicon::Encoded> rows(R);
+#pragma omp parallel num_threads(threads)
+    {
+#pragma omp for
+        for (int r = 0; r < R; ++r) axicon::encode(*l, x + size_t(r) * l->inputs, q.data() + r * axicon::encoded_bytes(*l), rows[r]);
+        const int blocks = l->outputs / 16;
+#pragma omp for schedule(dynamic)
+        for (int b = 0; b < blocks; b += 4)
+            axicon::multiply(*l, q.data(), rows.data(), R, b, std::min(4, blocks - b),
+                             [&](int r, int o, __m512 v) { _mm512_storeu_ps(y + size_t(r) * l->outputs + o, v); });
+    }
+}
+}

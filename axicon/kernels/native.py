@@ -1,0 +1,155 @@
+"""The C++ kernels of `cpu/`: compiled once per machine, cached, called through ctypes.
+
+They use no header of torch and touch nothing but the pointers they are given, so the compiler is called
+directly: two to four seconds, no build system, and nothing to go stale when torch changes. The library links
+the OpenMP runtime by the name under which torch has already loaded it, so both share one pool of threads.
+
+The kernels need AVX-512 with VNNI. Elsewhere `library()` raises `Unavailable` with the reason, and the caller
+says which torch path it takes instead.
+"""
+
+from __future__ import annotations
+
+import ctypes as c
+import functools
+import hashlib
+import logging
+import os
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+log = logging.getLogger("axicon")
+
+NEEDED_FLAGS = frozenset({"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni"})
+COMPILER_FLAGS = ("-O3", "-march=native", "-std=c++20", "-fopenmp", "-fno-math-errno", "-shared", "-fPIC")
+SOURCES = Path(__file__).with_name("cpu")
+
+P, I32, F32 = c.c_void_p, c.c_int32, c.c_float
+
+
+class Unavailable(RuntimeError):
+    """Why the kernels cannot run here, in one line."""
+
+
+class Linear(c.Structure):
+    """`axicon::Linear` of linear.h."""
+
+    _fields_ = (
+        ("format", I32), ("outputs", I32), ("inputs", I32), ("threshold", F32),
+        ("weight", P), ("scale", P), ("bias", P),
+    )  # fmt: skip
+
+
+class Norm(c.Structure):
+    _fields_ = (("weight", P), ("bias", P))
+
+
+class Block(c.Structure):
+    _fields_ = (
+        ("before_attention", Norm), ("before_mlp", Norm), ("query", Norm), ("key", Norm),
+        ("qkv", Linear), ("out", Linear), ("up", Linear), ("down", Linear),
+        ("window", I32), ("scale", F32),
+    )  # fmt: skip
+
+
+class Model(c.Structure):
+    _fields_ = (
+        ("blocks", I32), ("width", I32), ("heads", I32), ("kv_heads", I32), ("head_width", I32),
+        ("hidden", I32), ("norm", I32), ("activation", I32), ("position_offset", I32), ("reserved", I32),
+        ("epsilon", F32), ("embedding", P), ("positions", P), ("rotary", P), ("block", P),
+        ("final_norm", Norm), ("head", Linear),
+    )  # fmt: skip
+
+
+class Extent(c.Structure):
+    _fields_ = (("keys", P), ("values", P), ("lengths", P), ("capacity", I32))
+
+
+class Step(c.Structure):
+    _fields_ = (
+        ("rows", I32), ("wanted", I32), ("tree_words", I32), ("threads", I32), ("tokens", P),
+        ("positions", P),
+        ("request", P), ("offset", P), ("committed", P), ("requests", I32), ("reserved", I32), ("extents", P),
+        ("hidden", P), ("wanted_rows", P), ("logits", P),
+    )  # fmt: skip
+
+
+BF16, INT8 = 0, 1
+RMS_NORM, LAYER_NORM = 0, 1
+ACTIVATIONS = {"silu": 0, "relu": 1, "gelu": 2, "gelu_tanh": 3}
+HEAD_WIDTHS = (32, 64, 96, 128)
+
+
+@functools.cache
+def library() -> c.CDLL:
+    """The compiled kernels, built now if this machine has none yet. Raises `Unavailable`."""
+    missing = NEEDED_FLAGS - cpu_flags()
+    if missing:
+        raise Unavailable(f"the processor lacks {', '.join(sorted(missing))}")
+    names = (os.environ.get("CXX"), "c++", "g++", "clang++")
+    compiler = next((found for name in names if name and (found := shutil.which(name))), None)
+    if compiler is None:
+        raise Unavailable("no C++ compiler: install g++ or set CXX")
+    path = _cache() / f"kernels-{_key(compiler)}.so"
+    if not path.exists():
+        _build(compiler, path)
+    lib = c.CDLL(str(path))
+    for name, arguments in {
+        "axicon_pack_int8": (P, I32, I32, P),
+        "axicon_pack_bf16": (P, I32, I32, P),
+        "axicon_linear": (P, P, I32, P, I32),
+        "axicon_buffers_delete": (P,),
+        "axicon_step": (P, P, P),
+    }.items():
+        getattr(lib, name).argtypes = arguments
+        getattr(lib, name).restype = None
+    lib.axicon_buffers_new.restype = P
+    return lib
+
+
+def cpu_flags() -> frozenset[str]:
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return frozenset()
+    line = next((line for line in text.splitlines() if line.startswith("flags")), "")
+    return frozenset(line.partition(":")[2].split())
+
+
+def _cache() -> Path:
+    """`kernels` in axicon's cache folder, for this user alone: code lies in it."""
+    base = os.environ.get("AXICON_CACHE")
+    general = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    root = Path(base) if base else general / "axicon"
+    folder = root / "kernels"
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    if folder.stat().st_uid != os.getuid():
+        raise Unavailable(f"{folder} belongs to another user: set AXICON_CACHE to a folder of your own")
+    return folder
+
+
+def _key(compiler: str) -> str:
+    digest = hashlib.sha256()
+    for source in sorted(SOURCES.iterdir()):
+        digest.update(source.name.encode() + source.read_bytes())
+    version = subprocess.run([compiler, "--version"], capture_output=True, check=False).stdout
+    digest.update(version + " ".join(COMPILER_FLAGS).encode() + " ".join(sorted(cpu_flags())).encode())
+    return digest.hexdigest()[:16]
+
+
+def _build(compiler: str, path: Path) -> None:
+    log.info("compiling the CPU kernels with %s, once per machine", compiler)
+    with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
+        made = Path(scratch) / path.name
+        command = [compiler, *COMPILER_FLAGS, "-o", str(made), str(SOURCES / "step.cpp")]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+        except subprocess.TimeoutExpired:
+            raise Unavailable(f"{compiler} took more than 300 s") from None
+        if done.returncode != 0:
+            lines = done.stderr.strip().splitlines() or ["no message"]
+            error = next((line for line in lines if "error" in line), lines[0])
+            raise Unavailable(f"{compiler} failed: {error}")
+        os.replace(made, path)

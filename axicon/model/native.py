@@ -1,0 +1,200 @@
+"""A decoder whose whole step runs in one call of the C++ kernels (`axicon/kernels/cpu`).
+
+The torch decoder stays the definition and the reference; this is the same computation with float32 between
+the products, packed weights, and no Python, dispatcher or allocation between the layers. A row's result
+depends on its own request alone, bit for bit, whatever else is in the step, on any number of threads.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from axicon.kernels import native
+from axicon.model.cache import RowCache
+from axicon.model.decoder import Block, Decoder, Norm, inverse_frequencies
+
+EXTENT = np.dtype([("keys", "u8"), ("values", "u8"), ("lengths", "u8"), ("capacity", "i4")], align=True)
+
+
+def why_not(decoder: Decoder) -> str | None:
+    """The reason this decoder needs the torch path, in one line; None when the kernels can run it."""
+    shape, first = decoder.shape, decoder.shape.blocks[0]
+    plain = {
+        "it is not a whole model": not (decoder.has_embedding and decoder.has_head),
+        "its blocks differ in shape": any(
+            (b.width_in, b.width_middle, b.width_out, b.heads, b.kv_heads, b.head_width, b.hidden, b.gated)
+            != (first.width_in, first.width_in, first.width_in, first.heads, first.kv_heads, first.head_width,
+                first.hidden, first.gated)
+            for b in shape.blocks
+        ),
+        "its norms follow the residual sum": not shape.norm_first or not shape.final_norm,
+        "it projects between embedding and residual width": shape.project_in or shape.project_out,
+        "it has shortcuts": any(b.attention_shortcut or b.mlp_shortcut for b in shape.blocks),
+        "its attention is not the plain one": any(b.attention != "plain" for b in shape.blocks),
+        f"its head width is not one of {native.HEAD_WIDTHS}": first.head_width not in native.HEAD_WIDTHS,
+        "a width is not a multiple of 16": any(w % 16 for w in (first.width_in, first.hidden, shape.vocab)),
+        "its activation is not known to them": first.gated != (shape.activation == "silu"),
+        "its weights are not on a CPU": decoder.device.type != "cpu",
+        "its norms average over other channels than they have": any(
+            m.gain != 1.0 for m in decoder.modules() if isinstance(m, Norm)
+        ),
+    }
+    for reason, holds in plain.items():
+        if holds:
+            return reason
+    for name, module in decoder.named_modules():
+        if isinstance(module, nn.Linear) and module.weight.dtype != torch.bfloat16:
+            return f"{name} is {str(module.weight.dtype).removeprefix('torch.')}, not bfloat16"
+    try:
+        native.library()
+    except native.Unavailable as reason:
+        return str(reason)
+    return None
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """The nodes of a step as the kernels want them. Requests are numbered by their place in `caches`."""
+
+    tokens_N: Tensor
+    positions_N: Tensor
+    request_N: Sequence[int]
+    offset_N: Sequence[int]
+    """Place of the node among the staged nodes of its request."""
+    caches: Sequence[RowCache]
+    wanted: Sequence[int]
+    hidden_NW: np.ndarray | None = None
+    """uint64 bit sets of the staged nodes a row does not see; None when every span is a chain."""
+
+
+class NativeDecoder:
+    """Packs the weights of `decoder`, and takes them out of it: afterwards only this object can run it."""
+
+    def __init__(self, decoder: Decoder) -> None:
+        reason = why_not(decoder)
+        if reason is not None:
+            raise ValueError(f"the CPU kernels cannot run this model: {reason}")
+        self.library = native.library()
+        self.shape = decoder.shape
+        self._keep: list[Tensor] = []
+        self._columns: dict[int, _Column] = {}
+        self._buffers = self.library.axicon_buffers_new()
+        self._blocks = (native.Block * decoder.shape.layers)()
+        for i, block in enumerate(decoder.blocks):
+            assert isinstance(block, Block)
+            self._fill_block(self._blocks[i], block)
+        self._model = self._fill_model(decoder)
+
+    def __del__(self) -> None:
+        if getattr(self, "_buffers", None):
+            self.library.axicon_buffers_delete(self._buffers)
+
+    def forward(self, rows: Rows) -> Tensor:
+        """float32 logits (wanted, V). Keys and values of the nodes are staged in `rows.caches`."""
+        count, wanted = len(rows.request_N), len(rows.wanted)
+        logits_WV = torch.empty(wanted, self.shape.vocab)
+        tokens, positions = rows.tokens_N.contiguous(), rows.positions_N.contiguous()
+        request, offset, wanted_rows, committed = (
+            np.asarray(list(values), dtype=np.int32)
+            for values in (rows.request_N, rows.offset_N, rows.wanted, [c.committed for c in rows.caches])
+        )
+        extents = np.stack(self._columns_of(rows.caches), axis=1)  # (L, requests)
+        step = native.Step(
+            rows=count, wanted=wanted, threads=torch.get_num_threads(),
+            tree_words=0 if rows.hidden_NW is None else rows.hidden_NW.shape[1],
+            tokens=tokens.data_ptr(), positions=positions.data_ptr(), request=request.ctypes.data,
+            offset=offset.ctypes.data, committed=committed.ctypes.data, requests=len(rows.caches),
+            extents=extents.ctypes.data,
+            hidden=None if rows.hidden_NW is None else rows.hidden_NW.ctypes.data,
+            wanted_rows=wanted_rows.ctypes.data, logits=logits_WV.data_ptr(),
+        )  # fmt: skip
+        self.library.axicon_step(ctypes.addressof(self._model), ctypes.addressof(step), self._buffers)
+        return logits_WV
+
+    def _columns_of(self, caches: Sequence[RowCache]) -> list[np.ndarray]:
+        """Extents of each request. A whole row's capacity grows when, and only when, its extents move."""
+        known, self._columns = self._columns, {}
+        for cache in caches:
+            capacity = cache.room + cache.committed
+            column = known.get(id(cache))
+            if column is None or column.cache is not cache or column.capacity != capacity or not cache.whole:
+                column = _Column(cache, capacity, *_extents(cache))
+            self._columns[id(cache)] = column
+        return [self._columns[id(cache)].extents_L for cache in caches]
+
+    def _pointer(self, tensor: Tensor) -> int:
+        tensor = tensor.detach().contiguous()
+        self._keep.append(tensor)
+        return tensor.data_ptr()
+
+    def _linear(self, module: nn.Module) -> native.Linear:
+        assert isinstance(module, nn.Linear)
+        outputs, inputs = module.weight.shape
+        weight = module.weight.detach().contiguous()
+        packed = torch.empty_like(weight)
+        self.library.axicon_pack_bf16(weight.data_ptr(), outputs, inputs, packed.data_ptr())
+        return native.Linear(
+            native.BF16, outputs, inputs, 0.0, self._pointer(packed), None,
+            None if module.bias is None else self._pointer(module.bias.float()),
+        )  # fmt: skip
+
+    def _norm(self, norm: Norm | None) -> native.Norm:
+        if norm is None:
+            return native.Norm(None, None)
+        weights = (norm.weight, norm.bias)
+        return native.Norm(*(None if w is None else self._pointer(w.float()) for w in weights))
+
+    def _fill_block(self, to: native.Block, block: Block) -> None:
+        to.before_attention, to.before_mlp = self._norm(block.attention_norm), self._norm(block.mlp_norm)
+        to.query, to.key = self._norm(block.q_norm), self._norm(block.k_norm)
+        to.window, to.scale = block.window or 0, block.scale
+        names = {"qkv": "qkv", "out": "out", "up": "gate_up" if block.gated else "up", "down": "down"}
+        for field, name in names.items():
+            setattr(to, field, self._linear(getattr(block, name)))
+            delattr(block, name)
+
+    def _fill_model(self, decoder: Decoder) -> native.Model:
+        shape, first = decoder.shape, decoder.shape.blocks[0]
+        positions = rotary = None
+        if shape.rope is None:
+            positions = self._pointer(decoder.embed_positions.weight.bfloat16())
+        else:
+            turns = torch.arange(shape.max_positions, dtype=torch.float32)[:, None]
+            angles = turns * inverse_frequencies(shape.rope, first.head_width)
+            rotary = self._pointer(torch.cat([angles.cos(), angles.sin()], dim=1))
+        return native.Model(
+            shape.layers, first.width_in, first.heads, first.kv_heads, first.head_width, first.hidden,
+            native.RMS_NORM if shape.norm == "rms" else native.LAYER_NORM,
+            native.ACTIVATIONS[shape.activation], shape.position_offset, 0,
+            shape.norm_eps, self._pointer(decoder.embed_tokens.weight.bfloat16()),
+            positions, rotary, ctypes.addressof(self._blocks), self._norm(decoder.final_norm),
+            self._linear(decoder.lm_head),
+        )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class _Column:
+    cache: RowCache
+    capacity: int
+    extents_L: np.ndarray
+    lengths: list[np.ndarray]
+    """What `extents_L` points to, kept alive."""
+
+
+def _extents(cache: RowCache) -> tuple[np.ndarray, list[np.ndarray]]:
+    """(L,) of `EXTENT`, and the per-head lengths it points to where heads hold different slots."""
+    column = np.zeros(len(cache.layers), dtype=EXTENT)
+    kept = []
+    for i, layer in enumerate(cache.layers):
+        lengths = 0
+        if layer.lengths is not None:
+            kept.append(np.asarray(layer.lengths, dtype=np.int32))
+            lengths = kept[-1].ctypes.data
+        column[i] = (layer.keys_GCK.data_ptr(), layer.values_GCK.data_ptr(), lengths, layer.capacity)
+    return column, kept
