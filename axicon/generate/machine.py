@@ -1,0 +1,40 @@
+"""What this process may use of its machine."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+CGROUP = Path("/sys/fs/cgroup")
+
+
+def cores() -> int:
+    """Cores this process may keep busy: its affinity, cut to the CPU quota of its cgroup."""
+    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota = _cgroup("cpu.max").split()
+    if len(quota) == 2 and quota[0] != "max":
+        available = min(available, max(1, int(quota[0]) // int(quota[1])))
+    return available
+
+
+def memory_available() -> int:
+    """Bytes that can be taken now without swapping: free memory, cut to what the cgroup leaves."""
+    available = 4 << 30
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                available = int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    limit, used = _cgroup("memory.max").strip(), _cgroup("memory.current").strip()
+    if limit.isdigit() and used.isdigit():
+        available = min(available, max(0, int(limit) - int(used)))
+    return available
+
+
+def _cgroup(name: str) -> str:
+    """A control file of cgroup v2, or an empty string."""
+    try:
+        return (CGROUP / name).read_text()
+    except OSError:
+        return ""

@@ -1,0 +1,138 @@
+"""The numerics path: which row counts a deployment computes, so that no result depends on its batch mates.
+
+A matrix product may change bits with its row count (measured: float32 linear below 8 rows, bfloat16 linear at one row
+and 49,152 outputs). So blocks and head are probed once at load, and steps are padded to a multiple of the smallest
+tile from which on every probed count gives equal bits. If long chunks agree too, decode rows and prompt chunks share
+one pass; otherwise every chunk goes alone, in a shape that depends on its request only.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from axicon.model.decoder import Block, Decoder
+
+log = logging.getLogger("axicon")
+
+SMALL = (*range(1, 21), 24, 31, 32, 33, 48, 63, 64)
+LARGE = (65, 128, 129, 256, 257, 320)
+TILE_LIMIT = 64
+
+
+@dataclass(frozen=True, slots=True)
+class NumericsPath:
+    body_tile: int
+    """Rows through the blocks are padded to a multiple of this."""
+    head_tile: int
+    merged: bool
+    """Decode rows and prompt chunks share one pass."""
+
+    def __str__(self) -> str:
+        chunks = "with" if self.merged else "apart from"
+        return f"blocks in tiles of {self.body_tile}, head in tiles of {self.head_tile}, chunks {chunks} decode rows"
+
+
+def padded(rows: int, tile: int) -> int:
+    return -(-rows // tile) * tile
+
+
+@torch.inference_mode()
+def choose_path(decoder: Decoder, max_rows: int, prefill_chunk: int) -> NumericsPath:
+    """Probe every distinct block shape and the head. Takes about a second for a small model."""
+    *blocks, head = [
+        _Probe(call, width, decoder, max_rows + prefill_chunk) for call, width in _row_functions(decoder)
+    ]
+    path = NumericsPath(padded(max_rows, TILE_LIMIT), padded(max_rows, TILE_LIMIT), False)
+    for merged in (True, False):
+        body_tile, head_tile = (_smallest_tile(probes, merged) for probes in (blocks, [head]))
+        if body_tile and head_tile:
+            path = NumericsPath(body_tile, head_tile, merged)
+            break
+    log.info("numerics path: %s", path)
+    return path
+
+
+@torch.inference_mode()
+def bits(decoder: Decoder) -> str:
+    """Digest of what blocks and head compute on fixed rows, to compare thread counts."""
+    digest = hashlib.sha256()
+    for call, width in _row_functions(decoder):
+        x, positions = _rows(decoder, 256, width)
+        for count in (1, 8, 64, 256):
+            digest.update(call(x[:count].clone(), positions[:count]).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+RowFunction = Callable[[Tensor, Tensor], Tensor]
+"""(x (N, width), positions (N,)) -> (N, ...), each row from its own row."""
+
+
+def _row_functions(decoder: Decoder) -> list[tuple[RowFunction, int]]:
+    """Every distinct block shape, then the head, each with its input width."""
+    functions = [(_block_function(decoder, block), block.shape.width_in) for block in _distinct_blocks(decoder)]
+    return [*functions, (lambda x, _: decoder.head(x), decoder.shape.blocks[-1].width_out)]
+
+
+def _rows(decoder: Decoder, count: int, width: int) -> tuple[Tensor, Tensor]:
+    x = torch.randn(count, width, generator=torch.Generator().manual_seed(0)).to(decoder.dtype)
+    return x, torch.arange(count) % decoder.shape.max_positions
+
+
+def _distinct_blocks(decoder: Decoder) -> Iterable[Block]:
+    seen: dict[object, Block] = {}
+    for block in decoder.blocks:
+        key = tuple((name, tuple(p.shape), p.dtype) for name, p in block.state_dict().items())
+        seen.setdefault((key, block.shape), cast(Block, block))
+    return seen.values()
+
+
+def _block_function(decoder: Decoder, block: Block) -> RowFunction:
+    def attend(block: Block, q_NHK: Tensor, k_NGK: Tensor, v_NGK: Tensor) -> Tensor:
+        """Mixes what each row computed without mixing rows."""
+        return q_NHK + (k_NGK + v_NGK).repeat_interleave(q_NHK.shape[1] // k_NGK.shape[1], dim=1)
+
+    return lambda x, positions: block(x, decoder.rotary(positions), attend)
+
+
+class _Probe:
+    """Compares a row-wise function at small row counts with the same rows, elsewhere, of a long one."""
+
+    def __init__(self, call: RowFunction, width: int, decoder: Decoder, most: int) -> None:
+        self._call = call
+        self._rows = padded(most, TILE_LIMIT)
+        self._x, self._positions = _rows(decoder, self._rows, width)
+        self._long = self._at(0, self._rows)
+        self._middle = self._at(self._rows - TILE_LIMIT, TILE_LIMIT)
+        self._agrees: dict[tuple[int, bool], bool] = {}
+
+    def agrees(self, rows: int, with_long: bool) -> bool:
+        """Equal bits at this count and in the 64-row product, or the longest one if `with_long`."""
+        rows = min(rows, self._rows)
+        if (rows, with_long) not in self._agrees:
+            got = self._at(self._rows - rows, rows)
+            short = min(rows, TILE_LIMIT)
+            self._agrees[rows, False] = torch.equal(got[-short:], self._middle[-short:])
+            self._agrees[rows, True] = torch.equal(got, self._long[self._rows - rows :])
+        return self._agrees[rows, with_long]
+
+    def _at(self, start: int, rows: int) -> Tensor:
+        return self._call(self._x[start : start + rows].clone(), self._positions[start : start + rows])
+
+
+def _smallest_tile(probes: list[_Probe], merged: bool) -> int | None:
+    """The smallest power of two all of whose probed multiples agree, or None."""
+    for exponent in range(TILE_LIMIT.bit_length()):
+        tile = 1 << exponent
+        counts = [n for n in SMALL if n % tile == 0]
+        if merged:
+            counts += [n for n in LARGE if n % tile == 0]
+        if all(probe.agrees(n, merged) for probe in probes for n in counts):
+            return tile
+    return None

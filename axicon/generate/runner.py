@@ -1,0 +1,187 @@
+"""LocalRunner: a model and its cache in this process, behind the `Runner` seam."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from axicon.errors import AxiconError
+from axicon.generate.attend import StepAttention
+from axicon.generate.machine import memory_available
+from axicon.generate.numerics import bits, choose_path, padded
+from axicon.generate.spans import Span, committed_paths, renumber, split_spans
+from axicon.model.cache import KVCache, size_class
+from axicon.model.decoder import Decoder
+from axicon.protocols import Capacity, StepInput, StepOutput
+
+DEFAULT_KV_BYTES = 4 << 30
+
+
+class LocalRunner:
+    """Computes steps with the whole model.
+
+    kv_bytes bounds the KV cache; None takes 4 GiB, or a quarter of the memory that is free if that is less. Raises
+    AxiconError when that does not hold one short request.
+    """
+
+    def __init__(
+        self, decoder: Decoder, *, kv_bytes: int | None = None, max_rows: int = 64, prefill_chunk: int = 256,
+        model_digest: str = "",
+    ) -> None:
+        if kv_bytes is None:
+            kv_bytes = min(DEFAULT_KV_BYTES, memory_available() // 4)
+        self.decoder = decoder.eval().requires_grad_(False)
+        self._digest = model_digest
+        blocks = decoder.shape.blocks[decoder.first : decoder.last]
+        self.cache = KVCache([(b.kv_heads, b.head_width) for b in blocks], decoder.dtype, kv_bytes)
+        if self.cache.slots < size_class(1):
+            raise AxiconError(
+                f"the KV cache may take {kv_bytes >> 20} MiB, this model needs "
+                f"{self.cache.bytes_per_slot * size_class(1) >> 20} MiB for one short request: raise kv_gib"
+            )
+        self._capacity = Capacity(
+            slots=self.cache.slots, max_rows=max_rows, max_positions=decoder.shape.max_positions,
+            prefill_chunk=prefill_chunk, bytes_per_slot=self.cache.bytes_per_slot,
+        )  # fmt: skip
+        self.path = choose_path(decoder, max_rows, prefill_chunk)
+        self._fingerprint = self._make_fingerprint()
+        self._previous: list[Span] = []
+
+    @property
+    def capacity(self) -> Capacity:
+        return self._capacity
+
+    @property
+    def fingerprint(self) -> str:
+        return self._fingerprint
+
+    def slots_reserved(self, tokens: int) -> int:
+        return size_class(tokens)
+
+    def describe(self) -> dict[str, object]:
+        """What the fingerprint is made of."""
+        import transformers
+
+        from axicon import __version__
+
+        return {
+            "model": self._digest,
+            "format": sorted({str(p.dtype).removeprefix("torch.") for p in self.decoder.parameters()}),
+            "kv": str(self.cache.pool.dtype).removeprefix("torch."),
+            "path": str(self.path),
+            "prefill_chunk": self._capacity.prefill_chunk,
+            "axicon": __version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "cpu": torch.backends.cpu.get_cpu_capability(),
+            "threads": torch.get_num_threads(),
+            "plan": "1x1",
+        }
+
+    def same_bits_with(self, threads: int) -> bool:
+        """Whether blocks and head compute the same bits with this many threads as now."""
+        now = torch.get_num_threads()
+        ours = bits(self.decoder)
+        torch.set_num_threads(threads)
+        try:
+            return bits(self.decoder) == ours
+        finally:
+            torch.set_num_threads(now)
+
+    def set_threads(self, threads: int) -> None:
+        """Compute with this many threads from now on, under a new fingerprint. Costs a probe."""
+        torch.set_num_threads(threads)
+        self.path = choose_path(self.decoder, self._capacity.max_rows, self._capacity.prefill_chunk)
+        self._fingerprint = self._make_fingerprint()
+
+    def _make_fingerprint(self) -> str:
+        text = json.dumps(self.describe(), sort_keys=True)
+        return f"axicon-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+
+    @torch.inference_mode()
+    def forward(self, step: StepInput) -> StepOutput:
+        """Raises ValueError, before anything changes, for a step that breaks the contract of `StepInput`.
+
+        A failure while computing leaves the previous step's decisions applied and nothing of this step.
+        """
+        paths = committed_paths(self._previous, step.commits)
+        spans = self._spans(step, paths)
+        for row, path in paths.items():
+            self.cache.commit(row, path)
+        self._previous = []
+        for row in step.releases:
+            self.cache.release(row)
+        for row, slots in step.reserves:
+            self.cache.open(row, slots)
+        if not spans:
+            return StepOutput(torch.empty(0, self.decoder.shape.vocab))
+        for span in spans:
+            self.cache.make_room(span.row, len(span))
+        logits_WV = self._compute(step, spans)
+        self._previous = spans
+        return StepOutput(logits_WV)
+
+    def _spans(self, step: StepInput, paths: Mapping[int, Sequence[int]]) -> list[Span]:
+        """The step's spans, checked against the rows as they will be when the spans are computed."""
+        if step.evictions:
+            raise ValueError(f"rows {step.evictions} to evict, this runner has no KV policy")
+        if step.adapters_N.any():
+            raise ValueError("a node names an adapter, this runner holds none")
+        rows = {row: cache.committed + len(paths.get(row, ())) for row, cache in self.cache.rows.items()}
+        for row in step.releases:
+            if rows.pop(row, None) is None:
+                raise ValueError(f"release of request row {row}, which is not open")
+        reserved = sum(self.cache.rows[row].reserved for row in rows)
+        for row, slots in step.reserves:
+            if row in rows:
+                raise ValueError(f"request row {row} is in use")
+            rows[row] = 0
+            reserved += size_class(slots)
+        if reserved > self.cache.slots:
+            raise ValueError(f"{reserved} slots reserved, the cache holds {self.cache.slots}")
+        spans = split_spans(step)
+        for span in spans:
+            if span.row not in rows:
+                raise ValueError(f"nodes {span.start}..{span.stop - 1}: request row {span.row} is not open")
+            span.check_positions(rows[span.row])
+        return spans
+
+    def _compute(self, step: StepInput, spans: list[Span]) -> Tensor:
+        """Logits (W, V) of the wanted nodes in the order of the step."""
+        passes = self._passes(spans)
+        if len(passes) == 1:
+            return self._logits(step.tokens_N, step.positions_N, step.wanted_N, spans)
+        parts, nodes = [], []
+        for group in passes:
+            index = torch.cat([torch.arange(span.start, span.stop) for span in group])
+            wanted = step.wanted_N[index]
+            parts.append(self._logits(step.tokens_N[index], step.positions_N[index], wanted, renumber(group)))
+            nodes.append(index[wanted])
+        return torch.cat(parts)[torch.cat(nodes).argsort()]
+
+    def _passes(self, spans: list[Span]) -> list[list[Span]]:
+        """What goes through the blocks together. A prompt chunk is known by its given nodes."""
+        if self.path.merged:
+            return [spans]
+        chunks = [[span] for span in spans if span.forced and len(span) > 1]
+        decode = [span for span in spans if not (span.forced and len(span) > 1)]
+        return [decode, *chunks] if decode else chunks
+
+    def _logits(self, tokens_N: Tensor, positions_N: Tensor, wanted_N: Tensor, spans: list[Span]) -> Tensor:
+        """One pass: blocks over rows padded to the body's tile, head over wanted rows padded to its own."""
+        nodes = len(tokens_N)
+        alone = not self.path.merged and spans[0].forced and nodes > 1
+        extra = 0 if alone else padded(nodes, self.path.body_tile) - nodes
+        attend = StepAttention(spans, [self.cache.rows[span.row] for span in spans], self.decoder.first)
+        x_ND = self.decoder(pad(tokens_N, (0, extra)), pad(positions_N, (0, extra)), attend)
+        x_WD = x_ND[:nodes][wanted_N]
+        wanted = len(x_WD)
+        if wanted == 0:
+            return torch.empty(0, self.decoder.shape.vocab)
+        extra = 0 if alone else padded(wanted, self.path.head_tile) - wanted
+        return self.decoder.head(pad(x_WD, (0, 0, 0, extra)))[:wanted]

@@ -1,0 +1,243 @@
+"""The KV cache: contiguous extents per request row and layer, in size classes, with exact byte accounting.
+
+A *slot* is storage, a *position* is time. While nothing was evicted, slot i of every head holds position i and neither
+is stored: `positions` and `lengths` are None. `retain` makes both real, per KV head, and from then on only they tell
+where a key came from.
+
+The nodes of a step are *staged* in the slots behind the committed ones. They become permanent when `commit` names
+them; what it does not name is overwritten by the next step. So nothing is ever rolled back after an eviction.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+SMALLEST = 64
+IDLE_PER_CLASS = 64
+
+
+def size_class(slots: int) -> int:
+    """Capacity of the extent that holds `slots`: 64, 96, 128, ... 256, 320, 384, ... 512, 640, ...
+
+    Steps are a quarter of the power of two below, at least 32: at most a quarter of a long extent is unused, and
+    copying into the next class costs a constant factor per token.
+    """
+    if slots <= SMALLEST:
+        return SMALLEST
+    step = max(32, 1 << max(0, (slots - 1).bit_length() - 3))
+    return -(-slots // step) * step
+
+
+class ExtentPool:
+    """Lends buffers (2, G, C, K), keys first, and counts their bytes.
+
+    Returned buffers are kept for the next request of the same class, as long as everything stays within `budget`.
+    """
+
+    def __init__(self, budget: int, dtype: torch.dtype) -> None:
+        self.budget = budget
+        self.dtype = dtype
+        self.bytes_in_use = 0
+        self.bytes_idle = 0
+        self._idle: dict[tuple[int, ...], list[Tensor]] = {}
+
+    def take(self, groups: int, capacity: int, width: int) -> Tensor:
+        """An extent of undefined but finite content: what a mask hides is still multiplied by zero. Raises
+        MemoryError when the budget does not hold it."""
+        shape = (2, groups, capacity, width)
+        size = 2 * groups * capacity * width * self.dtype.itemsize
+        idle = self._idle.get(shape)
+        if idle:
+            self.bytes_idle -= size
+            self.bytes_in_use += size
+            return idle.pop()
+        if self.bytes_in_use + size > self.budget:
+            raise MemoryError(f"KV cache: {size} more bytes do not fit, {self.bytes_in_use} of {self.budget} are in use")
+        if self.bytes_in_use + self.bytes_idle + size > self.budget:
+            self._idle.clear()
+            self.bytes_idle = 0
+        extent = torch.zeros(shape, dtype=self.dtype)
+        self.bytes_in_use += size
+        return extent
+
+    def give(self, extent: Tensor) -> None:
+        size = extent.nbytes
+        self.bytes_in_use -= size
+        idle = self._idle.setdefault(tuple(extent.shape), [])
+        if len(idle) < IDLE_PER_CLASS and self.bytes_in_use + self.bytes_idle + size <= self.budget:
+            idle.append(extent)
+            self.bytes_idle += size
+
+
+class LayerCache:
+    """Keys and values of one request in one layer."""
+
+    __slots__ = ("extent", "keys_GCK", "lengths", "positions_GC", "values_GCK")
+
+    def __init__(self, extent: Tensor) -> None:
+        self.lengths: list[int] | None = None
+        """Committed slots of each KV head; None while every head holds every committed position."""
+        self.positions_GC: Tensor | None = None
+        """int32. Position held by each committed slot; None while slot i holds position i."""
+        self.place(extent)
+
+    def place(self, extent: Tensor) -> None:
+        self.extent = extent
+        self.keys_GCK, self.values_GCK = extent.unbind(0)
+
+    @property
+    def capacity(self) -> int:
+        return self.extent.shape[2]
+
+    def used(self, committed: int) -> int:
+        """Committed slots of the fullest head."""
+        return committed if self.lengths is None else max(self.lengths)
+
+    def stage(self, k_TGK: Tensor, v_TGK: Tensor, committed: int) -> None:
+        """Write the nodes of a step behind the committed slots of every head."""
+        tokens = k_TGK.shape[0]
+        if self.lengths is None:
+            self.keys_GCK.narrow(1, committed, tokens).copy_(k_TGK.transpose(0, 1))
+            self.values_GCK.narrow(1, committed, tokens).copy_(v_TGK.transpose(0, 1))
+            return
+        heads, slots = self._staged_slots(torch.arange(tokens))
+        self.keys_GCK[heads, slots] = k_TGK.transpose(0, 1)
+        self.values_GCK[heads, slots] = v_TGK.transpose(0, 1)
+
+    def commit(self, path: Sequence[int], committed: int) -> None:
+        """Keep the staged nodes `path` (ascending offsets), moved together behind the `committed` ones."""
+        if list(path) != list(range(len(path))):
+            heads, old = self._staged_slots(torch.tensor(path), committed)
+            _, new = self._staged_slots(torch.arange(len(path)), committed)
+            self.extent[:, heads, new] = self.extent[:, heads, old]
+        if self.lengths is None:
+            return
+        assert self.positions_GC is not None
+        heads, slots = self._staged_slots(torch.arange(len(path)))
+        self.positions_GC[heads, slots] = torch.arange(committed, committed + len(path), dtype=torch.int32)
+        self.lengths = [n + len(path) for n in self.lengths]
+
+    def _staged_slots(self, offsets_T: Tensor, committed: int = 0) -> tuple[Tensor, Tensor]:
+        """Index pair (G, 1), (G, T) of staged nodes in a (G, C, ...) buffer."""
+        lengths = [committed] * self.extent.shape[1] if self.lengths is None else self.lengths
+        return torch.arange(len(lengths))[:, None], torch.tensor(lengths)[:, None] + offsets_T
+
+
+class RowCache:
+    """What one request holds in all layers of this runner."""
+
+    __slots__ = ("committed", "layers", "reserved", "room")
+
+    def __init__(self, layers: list[LayerCache], reserved: int) -> None:
+        self.layers = layers
+        self.reserved = reserved
+        """Slots per head this row may ever hold, staged nodes included."""
+        self.committed = 0
+        """Tokens committed: the position of the next root node."""
+        self.room = min((layer.capacity for layer in layers), default=reserved)
+        """Slots free behind the fullest head of any layer."""
+
+    @property
+    def whole(self) -> bool:
+        """Nothing was evicted from it."""
+        return all(layer.lengths is None for layer in self.layers)
+
+
+class KVCache:
+    """All rows of a runner. `shapes` gives (KV heads, head width) per layer."""
+
+    def __init__(self, shapes: Sequence[tuple[int, int]], dtype: torch.dtype, budget: int) -> None:
+        self.shapes = list(shapes)
+        self.pool = ExtentPool(budget, dtype)
+        self.rows: dict[int, RowCache] = {}
+        self.bytes_per_slot = sum(2 * g * k * dtype.itemsize for g, k in self.shapes)
+
+    @property
+    def slots(self) -> int:
+        """Slots per head that can be reserved. A row grows one layer at a time, with the old and the new extent of
+        that layer alive together, so one layer's share of the budget is set aside."""
+        layers = len(self.shapes)
+        return self.pool.budget * layers // (max(1, self.bytes_per_slot) * (layers + 1))
+
+    @property
+    def slots_reserved(self) -> int:
+        return sum(row.reserved for row in self.rows.values())
+
+    @property
+    def bytes_in_use(self) -> int:
+        return self.pool.bytes_in_use
+
+    def open(self, row: int, slots: int) -> None:
+        """Begin a row that never holds more than `slots`, rounded up to a size class."""
+        slots = size_class(slots)
+        if row in self.rows:
+            raise ValueError(f"request row {row} is in use")
+        if self.slots_reserved + slots > self.slots:
+            raise ValueError(f"row {row} reserves {slots} slots, {self.slots - self.slots_reserved} are free")
+        layers = [LayerCache(self.pool.take(g, SMALLEST, k)) for g, k in self.shapes]
+        self.rows[row] = RowCache(layers, slots)
+
+    def release(self, row: int) -> None:
+        for layer in self.rows.pop(row).layers:
+            self.pool.give(layer.extent)
+
+    def make_room(self, row: int, tokens: int) -> None:
+        """Make sure `tokens` nodes can be staged in every layer of `row`."""
+        cache = self.rows[row]
+        if cache.room >= tokens:
+            return
+        for layer in cache.layers:
+            used = layer.used(cache.committed)
+            if used + tokens > cache.reserved:
+                raise ValueError(f"row {row} reserved {cache.reserved} slots and now needs {used + tokens}")
+            if used + tokens > layer.capacity:
+                self._move(layer, size_class(used + tokens), used)
+        cache.room = min(layer.capacity - layer.used(cache.committed) for layer in cache.layers)
+
+    def commit(self, row: int, path: Sequence[int]) -> None:
+        """Keep the staged nodes at these ascending offsets of the row's last step, drop the others."""
+        cache = self.rows[row]
+        if path[-1] + 1 != len(path) or not cache.whole:
+            for layer in cache.layers:
+                layer.commit(path, cache.committed)
+        cache.committed += len(path)
+        cache.room -= len(path)
+
+    def retain(self, row: int, layer: int, keep_GS: Tensor) -> None:
+        """Cut one layer to the slots where `keep_GS` (bool, S the fullest head) holds, in their order.
+
+        Heads may keep different numbers of slots. Bytes of a smaller size class go back.
+        """
+        cache = self.rows[row]
+        store = cache.layers[layer]
+        slots = store.used(cache.committed)
+        positions = store.positions_GC
+        if positions is None:
+            positions = torch.arange(slots, dtype=torch.int32).expand(keep_GS.shape[0], slots)
+        lengths = store.lengths or [slots] * keep_GS.shape[0]
+        kept = [keep_GS[g, :n].nonzero().flatten() for g, n in enumerate(lengths)]
+        old = store.extent
+        store.lengths = [len(index) for index in kept]
+        longest = max(store.lengths)
+        capacity = min(size_class(longest), store.capacity)
+        store.place(self.pool.take(old.shape[1], capacity, old.shape[3]))
+        store.positions_GC = torch.zeros(old.shape[1], capacity, dtype=torch.int32)
+        for g, index in enumerate(kept):
+            store.extent[:, g, : len(index)] = old[:, g, index]
+            store.positions_GC[g, : len(index)] = positions[g, index]
+        self.pool.give(old)
+        cache.room = min(one.capacity - one.used(cache.committed) for one in cache.layers)
+
+    def _move(self, layer: LayerCache, capacity: int, used: int) -> None:
+        old = layer.extent
+        new = self.pool.take(old.shape[1], capacity, old.shape[3])
+        new[:, :, :used] = old[:, :, :used]
+        layer.place(new)
+        if layer.positions_GC is not None:
+            wider = layer.positions_GC.new_zeros(old.shape[1], capacity)
+            wider[:, :used] = layer.positions_GC[:, :used]
+            layer.positions_GC = wider
+        self.pool.give(old)
