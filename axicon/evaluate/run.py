@@ -2,7 +2,7 @@
 
 `tasks/` beside this file defines the tasks that read local files. They bear the names, prompts and metrics of
 lm-eval's own, so a figure from local files can stand beside a published one; with a data folder given they
-take precedence.
+win.
 """
 
 from __future__ import annotations
@@ -27,83 +27,103 @@ def local_tasks() -> list[str]:
     return sorted(path.stem for path in TASKS_DIR.glob("*.yaml"))
 
 
-def run_tasks(
-    lm: Any,
-    tasks: Sequence[str],
-    *,
-    data_dir: str | Path | None = None,
-    include: Sequence[str | Path] = (),
-    limit: int | None = None,
-    fewshot: int | None = None,
-    seed: int = 1234,
-    log_samples: bool = True,
-) -> dict[str, Any]:
-    """Results as `lm_eval.simple_evaluate` gives them, plus `task_hashes` as lm-eval's command line adds
-    them.
+class Tasks:
+    """Tasks of lm-eval by name, found and their data loaded, so that a wrong name or file shows before the
+    work.
 
-    `lm` is an `lm_eval.api.model.LM`. `include` are folders with further task files, whose Python runs here.
-    `limit` takes the first so many documents of each task; `fewshot` sets the number of worked examples of
-    tasks that do not fix it at 0. Raises AxiconError for an unknown task and for data that cannot be had.
+    `data_dir` holds the files of the tasks in `local_tasks()`; without it their namesakes of the hub are
+    meant. `include` are folders with further task files, whose Python runs here. Raises AxiconError for an
+    unknown task and for data that cannot be had.
     """
-    try:
-        import lm_eval
-        from lm_eval.tasks import TaskManager
-    except ImportError as error:
-        raise AxiconError(f"lm-eval cannot be imported ({error}): pip install 'axicon[eval]'") from error
-    if not tasks:
-        raise AxiconError(f"no task named; those that read local files are {', '.join(local_tasks())}")
-    if data_dir is not None and not Path(data_dir).expanduser().is_dir():
-        raise AxiconError(f"data={data_dir}: no such folder")
-    for folder in include:
-        if not Path(folder).expanduser().is_dir():
-            raise AxiconError(f"include={folder}: no such folder")
-    ours = data_dir is not None
-    folders = [*([TASKS_DIR] if ours else []), *(Path(folder).expanduser() for folder in include)]
-    with _quiet():
-        metadata = {"data_dir": str(data_dir)} if ours else None
-        manager = TaskManager(include_path=folders, include_defaults=False, metadata=metadata)
-        if not set(tasks) <= set(manager.all_tasks):  # reading all of lm-eval's own takes seconds
-            manager = TaskManager(include_path=folders, metadata=metadata)
-        _check_names(tasks, manager, ours)
+
+    def __init__(
+        self,
+        names: Sequence[str],
+        *,
+        data_dir: str | Path | None = None,
+        include: Sequence[str | Path] = (),
+    ) -> None:
         try:
+            from lm_eval.tasks import TaskManager
+        except ImportError as error:
+            raise AxiconError(f"lm-eval cannot be imported ({error}): pip install 'axicon[eval]'") from error
+        if not names:
+            raise AxiconError(f"no task named; those that read local files are {', '.join(local_tasks())}")
+        self.names = list(names)
+        self.local = data_dir is not None
+        folders = [_folder("include", folder) for folder in include]
+        metadata = None
+        if data_dir is not None:
+            metadata = {"data_dir": str(_folder("data", data_dir))}
+            folders.insert(0, TASKS_DIR)
+        with _quiet(), self._one_line():
+            self._manager = TaskManager(include_path=folders, include_defaults=False, metadata=metadata)
+            if not set(names) <= set(self._manager.all_tasks):  # reading all of lm-eval's own takes seconds
+                self._manager = TaskManager(include_path=folders, metadata=metadata)
+            self._check_names()
+            self._loaded = self._manager.load(self.names)["tasks"]
+
+    def run(
+        self, lm: Any, *, limit: int | None = None, fewshot: int | None = None, seed: int = 1234
+    ) -> dict[str, Any]:
+        """Results as `lm_eval.simple_evaluate` gives them, plus the `task_hashes` of its command line.
+
+        `lm` is an `lm_eval.api.model.LM`. `limit` takes the first so many documents of each task; `fewshot`
+        is the number of worked examples of the tasks that do not fix it at 0; `seed` draws them.
+        """
+        import lm_eval
+
+        self._check_examples(fewshot or 0)
+        with _quiet():
             results = lm_eval.simple_evaluate(
                 model=lm,
-                tasks=list(tasks),
-                task_manager=manager,
+                tasks=self.names,
+                task_manager=self._manager,
                 num_fewshot=fewshot,
                 limit=limit,
                 bootstrap_iters=BOOTSTRAP_ITERS,
-                log_samples=log_samples,
                 random_seed=0,
                 numpy_random_seed=seed,
                 torch_random_seed=seed,
                 fewshot_random_seed=seed,
             )
-        except AxiconError:
-            raise
-        except (OSError, ConnectionError, KeyError, ValueError) as error:
-            raise AxiconError(_reason(tasks, ours, error)) from error
-    results["task_hashes"] = {
-        task: _task_hash(samples) for task, samples in results.get("samples", {}).items()
-    }
-    return dict(results)
+        results["task_hashes"] = {task: _task_hash(samples) for task, samples in results["samples"].items()}
+        return dict(results)
+
+    def _check_names(self) -> None:
+        unknown = [name for name in self.names if name not in self._manager.all_tasks]
+        if unknown:
+            local = f"{', '.join(local_tasks())} read local files" + ("" if self.local else " with data=DIR")
+            raise AxiconError(
+                f"no task named {', '.join(unknown)}: {local}, `lm_eval ls tasks` lists lm-eval's own"
+            )
+
+    def _check_examples(self, fewshot: int) -> None:
+        for name, task in self._loaded.items():
+            if task.has_training_docs() and len(task.training_docs()) < fewshot:
+                raise AxiconError(
+                    f"num_fewshot={fewshot}: {name} has {len(task.training_docs())} training records to show"
+                )
+
+    @contextlib.contextmanager
+    def _one_line(self) -> Iterator[None]:
+        """Data that cannot be had is the user's to know in one line; anything else keeps its traceback."""
+        try:
+            yield
+        except (OSError, LookupError, ValueError) as error:
+            text = (str(error).splitlines() or [""])[0] or type(error).__name__
+            ours = [name for name in self.names if name in local_tasks()]
+            way_out = (
+                f"; with data=DIR, {', '.join(ours)} can read local files" if ours and not self.local else ""
+            )
+            raise AxiconError(f"lm-eval cannot load {', '.join(self.names)}: {text}{way_out}") from error
 
 
-def _check_names(tasks: Sequence[str], manager: Any, ours: bool) -> None:
-    unknown = [task for task in tasks if task not in manager.all_tasks]
-    if unknown:
-        hint = "" if ours else "; tasks on local files need data=DIR"
-        raise AxiconError(
-            f"no task named {', '.join(unknown)}: local files serve {', '.join(local_tasks())}, "
-            f"`lm_eval ls tasks` lists lm-eval's own{hint}"
-        )
-
-
-def _reason(tasks: Sequence[str], ours: bool, error: Exception) -> str:
-    text = (str(error).splitlines() or [""])[0] or type(error).__name__
-    local = sorted(set(tasks) & set(local_tasks()))
-    way_out = f"; with data=DIR, {', '.join(local)} can read local files" if local and not ours else ""
-    return f"lm-eval could not run {', '.join(tasks)}: {text}{way_out}"
+def _folder(key: str, folder: str | Path) -> Path:
+    path = Path(folder).expanduser()
+    if not path.is_dir():
+        raise AxiconError(f"{key}={folder}: no such folder")
+    return path
 
 
 def _task_hash(samples: Sequence[dict[str, Any]]) -> str:
@@ -113,8 +133,7 @@ def _task_hash(samples: Sequence[dict[str, Any]]) -> str:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep lm-eval to errors: its notes speak of its own command line. No worker processes for standard
-    errors."""
+    """Keep lm-eval to errors: its notes speak of its own command line. No processes for standard errors."""
     logger = logging.getLogger("lm_eval")
     level = logger.level
     before = os.environ.get("DISABLE_MULTIPROC")

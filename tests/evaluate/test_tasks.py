@@ -17,7 +17,7 @@ from lm_eval.tasks import TaskManager
 
 from axicon.errors import AxiconError
 from axicon.evaluate.local_data import load, macro_f1
-from axicon.evaluate.run import TASKS_DIR, local_tasks, run_tasks
+from axicon.evaluate.run import TASKS_DIR, Tasks, local_tasks
 
 # One training and one test record of each task as in the local files, the latter in the hub's fields too.
 RECORDS: dict[str, list[dict[str, Any]]] = {
@@ -89,7 +89,7 @@ def test_every_task_file_is_checked_here() -> None:
 @pytest.mark.parametrize("task", sorted(HUB))
 def test_prompts_and_settings_are_those_of_lm_eval(task: str, folder: Path) -> None:
     ours = Recorder()
-    results = run_tasks(ours, [task], data_dir=folder)
+    results = Tasks([task], data_dir=folder).run(ours)
 
     file, record = HUB[task]
     splits = {name: datasets.Dataset.from_list([record]) for name in ("test", "validation")}
@@ -115,7 +115,7 @@ def _load_yaml(path: Path) -> dict[str, Any]:
 
 
 def test_results_are_comparable_between_runs(folder: Path) -> None:
-    first, second = (run_tasks(Recorder(), ["sst2", "rte"], data_dir=folder) for _ in range(2))
+    first, second = (Tasks(["sst2", "rte"], data_dir=folder).run(Recorder()) for _ in range(2))
     assert first["task_hashes"] == second["task_hashes"]
     assert set(first["task_hashes"]) == {"sst2", "rte"}
     assert first["results"] == second["results"]
@@ -124,7 +124,7 @@ def test_results_are_comparable_between_runs(folder: Path) -> None:
 
 def test_limit_takes_the_first_documents(data_dir: Path) -> None:
     recorder = Recorder()
-    results = run_tasks(recorder, ["lambada"], data_dir=data_dir, limit=3)
+    results = Tasks(["lambada"], data_dir=data_dir).run(recorder, limit=3)
     assert results["n-samples"]["lambada"] == {"original": 5153, "effective": 3}
     assert [continuation for _, continuation in recorder.asked] == [" signs", " Shane", " insurance"]
 
@@ -155,27 +155,34 @@ def _few_defaults(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(manager, "__file__", str(tmp_path / "tasks" / "manager.py"))
 
 
+def test_examples_need_training_records(folder: Path) -> None:
+    with pytest.raises(AxiconError, match="num_fewshot=2: sst2 has 0 training records"):
+        Tasks(["sst2"], data_dir=folder).run(Recorder(), fewshot=2)
+
+
 @pytest.mark.usefixtures("_few_defaults")
 def test_an_unknown_task_is_named(folder: Path) -> None:
-    with pytest.raises(AxiconError, match=r"no task named lambda: local files serve boolq, .*sst2"):
-        run_tasks(Recorder(), ["lambda"], data_dir=folder)
+    with pytest.raises(
+        AxiconError, match=r"no task named lambda: boolq, .*sst2 read local files, `lm_eval ls"
+    ):
+        Tasks(["lambda"], data_dir=folder)
 
 
 def test_no_task_at_all_says_which_there_are() -> None:
     with pytest.raises(AxiconError, match="no task named; those that read local files are boolq"):
-        run_tasks(Recorder(), [])
+        Tasks([])
 
 
 def test_a_missing_folder_is_named(tmp_path: Path) -> None:
     with pytest.raises(AxiconError, match=r"data=.*/none: no such folder"):
-        run_tasks(Recorder(), ["sst2"], data_dir=tmp_path / "none")
+        Tasks(["sst2"], data_dir=tmp_path / "none")
     with pytest.raises(AxiconError, match=r"include=.*/none: no such folder"):
-        run_tasks(Recorder(), ["sst2"], include=[tmp_path / "none"])
+        Tasks(["sst2"], include=[tmp_path / "none"])
 
 
 def test_a_missing_file_says_where_it_belongs(tmp_path: Path) -> None:
     with pytest.raises(AxiconError, match=r"holds no sst2/dev\{.jsonl,.*\(records with sentence, label\)"):
-        run_tasks(Recorder(), ["sst2"], data_dir=tmp_path)
+        Tasks(["sst2"], data_dir=tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -194,7 +201,7 @@ def test_records_that_do_not_fit_are_named(tmp_path: Path, records: list[dict[st
     (tmp_path / "sst2").mkdir()
     (tmp_path / "sst2" / "dev.jsonl").write_text("\n".join(json.dumps(record) for record in records))
     with pytest.raises(AxiconError, match=says):
-        run_tasks(Recorder(), ["sst2"], data_dir=tmp_path)
+        Tasks(["sst2"], data_dir=tmp_path)
 
 
 @pytest.mark.usefixtures("_few_defaults")
@@ -203,17 +210,15 @@ def test_a_task_of_the_hub_without_the_hub_is_one_line(monkeypatch: pytest.Monke
         raise ConnectionError("the hub is away")
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    with pytest.raises(
-        AxiconError, match=r"could not run sst2: the hub is away; with data=DIR, sst2 can read"
-    ):
-        run_tasks(Recorder(), ["sst2"])
+    with pytest.raises(AxiconError, match=r"cannot load sst2: the hub is away; with data=DIR, sst2 can read"):
+        Tasks(["sst2"])
 
 
 def test_own_task_files_are_found(folder: Path, tmp_path: Path) -> None:
     text = (TASKS_DIR / "sst2.yaml").read_text().replace("task: sst2", "task: mood").replace("Question", "Q")
     (tmp_path / "mood.yaml").write_text(text)
     recorder = Recorder()
-    run_tasks(recorder, ["mood"], data_dir=folder, include=[tmp_path])
+    Tasks(["mood"], data_dir=folder, include=[tmp_path]).run(recorder)
     assert recorder.asked[0] == (
         "a gorgeous film .\nQ: Is this sentence positive or negative?\nAnswer:",
         " negative",
