@@ -1,0 +1,91 @@
+"""The weight map: where each tensor of a Hugging Face checkpoint lives in a Decoder.
+
+A family is two tables of names. Which biases, norms and projections exist is read off the decoder itself.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from axicon.model.decoder import Decoder
+from axicon.model.shape import ModelShape
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Rows of one parameter of a Decoder (all of it where `rows` is None)."""
+
+    parameter: str
+    rows: slice | None = None
+
+
+MODEL_NAMES = {
+    "llama": {"embed_tokens": "model.embed_tokens", "final_norm": "model.norm", "lm_head": "lm_head"},
+    "opt": {
+        "embed_tokens": "model.decoder.embed_tokens", "embed_positions": "model.decoder.embed_positions",
+        "project_in": "model.decoder.project_in", "project_out": "model.decoder.project_out",
+        "final_norm": "model.decoder.final_layer_norm", "lm_head": "lm_head",
+    },
+}
+LAYERS = {"llama": "model.layers", "opt": "model.decoder.layers"}
+BLOCK_NAMES = {
+    "llama": {
+        "attention_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm",
+        "q": "self_attn.q_proj", "k": "self_attn.k_proj", "v": "self_attn.v_proj", "out": "self_attn.o_proj",
+        "q_norm": "self_attn.q_norm", "k_norm": "self_attn.k_norm",
+        "gate": "mlp.gate_proj", "up": "mlp.up_proj", "down": "mlp.down_proj",
+    },
+    "opt": {
+        "attention_norm": "self_attn_layer_norm", "mlp_norm": "final_layer_norm",
+        "q": "self_attn.q_proj", "k": "self_attn.k_proj", "v": "self_attn.v_proj", "out": "self_attn.out_proj",
+        "up": "fc1", "down": "fc2",
+    },
+}
+PREFIX = "model."
+"""What the bare base model's checkpoint leaves out (facebook/opt-125m does)."""
+
+
+def weight_map(decoder: Decoder) -> dict[str, Place]:
+    """Checkpoint name -> place, for every parameter of this decoder (a stage names only its own)."""
+    shape = decoder.shape
+    places: dict[str, Place] = {}
+    for parameter, _ in decoder.named_parameters():
+        module, _, kind = parameter.rpartition(".")
+        if module.startswith("blocks."):
+            _, local, name = module.split(".")
+            index = decoder.first + int(local)
+            layer = f"{LAYERS[shape.family]}.{index}"
+            names = BLOCK_NAMES[shape.family]
+            parts = shape.blocks[index].parts(name) if name in ("qkv", "gate_up") else {name: None}
+            for part, rows in parts.items():
+                places[f"{layer}.{names[part]}.{kind}"] = Place(parameter, rows)
+        else:
+            # A tied head without the embedding beside it (a last stage) is read from the embedding.
+            tied = module == "lm_head" and kind == "weight" and shape.tie_head
+            name = MODEL_NAMES[shape.family]["embed_tokens" if tied else module]
+            places[f"{name}.{kind}"] = Place(parameter)
+    return places
+
+
+def whole_map(shape: ModelShape) -> dict[str, Place]:
+    """The weight map of the whole model, without memory for it."""
+    import torch
+
+    with torch.device("meta"):
+        return weight_map(Decoder(shape))
+
+
+def ignorable(name: str, shape: ModelShape) -> bool:
+    """Names that old checkpoints carry and that hold nothing the model needs."""
+    return name.endswith(("rotary_emb.inv_freq", "attn.masked_bias")) or (shape.tie_head and name == "lm_head.weight")
+
+
+def set_parameter(decoder: nn.Module, path: str, value: nn.Parameter) -> None:
+    """Replace a parameter, wherever it is shared."""
+    module, _, kind = path.rpartition(".")
+    old = decoder.get_parameter(path)
+    for other in [decoder.get_submodule(module), *decoder.modules()]:
+        if other._parameters.get(kind) is old:
+            other._parameters[kind] = value
