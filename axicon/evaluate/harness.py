@@ -55,11 +55,11 @@ class GenerationEngine(Protocol):
 
 
 class AxiconLM(TemplateLM):
-    """`decoder` scores; `engine`, over the same weights, continues (without one, generating tasks are
-    refused).
+    """`decoder` scores; an engine over the same weights, made when first needed, continues.
 
     `max_length` is the longest input in tokens, usually the model's `max_positions`. `seed` is that of
-    sampled generation; request number i of a call uses seed + i.
+    sampled generation; request number i of a call uses seed + i. Without `make_engine` generating tasks are
+    refused.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class AxiconLM(TemplateLM):
         tokenizer: Any,
         *,
         max_length: int,
-        engine: GenerationEngine | None = None,
+        make_engine: Callable[[], GenerationEngine] | None = None,
         batch_tokens: int = BATCH_TOKENS,
         seed: int = 1234,
         progress: Progress | None = None,
@@ -77,7 +77,8 @@ class AxiconLM(TemplateLM):
         self.decoder = decoder
         self.tokenizer = tokenizer
         self.max_length = max_length
-        self.engine = engine
+        self._make_engine = make_engine
+        self.engine: GenerationEngine | None = None
         self.batch_tokens = batch_tokens
         self.seed = seed
         self._progress = progress or (lambda what, done, total: None)
@@ -144,7 +145,9 @@ class AxiconLM(TemplateLM):
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
         """Continuations without their context, cut before the first stop string."""
         if self.engine is None:
-            raise AxiconError("this task generates text, and no engine was given to generate with")
+            if self._make_engine is None:
+                raise AxiconError("this task generates text, and no engine was given to generate with")
+            self.engine = self._make_engine()
         settings = [normalize_gen_kwargs(request.args[1], DEFAULT_NEW_TOKENS) for request in requests]
         asked = [
             self._request(number, request.args[0], wanted)

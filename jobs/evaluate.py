@@ -1,0 +1,263 @@
+"""`axicon evaluate`: perplexity on a text, tasks of lm-eval, or both; results in lm-eval's file format.
+
+What is written: `OUT/MODEL/results_TIME.json`, with the keys lm-eval's own command writes and ours under
+`axicon`, and `samples_TASK_TIME.jsonl` beside it. Programs that read lm-eval's results read these.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import platform
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from axicon import __version__
+from axicon.data import join_rows, read_rows
+from axicon.errors import AxiconError
+from axicon.evaluate import Perplexity, perplexity
+from axicon.evaluate.run import Tasks
+from axicon.recipe import EvaluateRecipe
+from jobs.progress import Reporter
+from jobs.report import Report, writable_folder, write_json, write_json_lines
+
+DEFAULT_OUT = Path("artifacts/evaluate")
+RESULT_KEYS = (
+    "results",
+    "group_subtasks",
+    "configs",
+    "versions",
+    "n-shot",
+    "higher_is_better",
+    "n-samples",
+    "task_hashes",
+)
+
+
+def run(recipe: EvaluateRecipe, reporter: Reporter | None = None) -> Report:
+    """Measure, write the results, hand them back.
+
+    Everything that can be wrong with a recipe (a missing file, an unknown task, a folder that cannot be
+    written) raises AxiconError before the model is asked anything.
+    """
+    if recipe.text is None and not recipe.tasks:
+        raise AxiconError("nothing to measure: give text=FILE for perplexity, tasks=NAME,NAME, or both")
+    reporter = reporter or Reporter()
+    started, clock = time.time(), time.perf_counter()
+    text = None if recipe.text is None else join_rows(read_rows(recipe.text, column=recipe.column))
+    tasks = Tasks(recipe.tasks, data_dir=recipe.data, include=recipe.include) if recipe.tasks else None
+    folder = writable_folder((recipe.out or DEFAULT_OUT) / _model_name(recipe).replace("/", "__"))
+
+    subject = Subject(recipe)
+    measured = None if text is None else _perplexity(subject, text, reporter)
+    results = {} if tasks is None else _run_tasks(subject, tasks, reporter)
+
+    samples = results.pop("samples", {})
+    content = {**_empty_results(recipe, started), **results, **_general(subject, started, clock)}
+    content["axicon"] = subject.describe() | {"perplexity": measured and measured.as_dict()}
+    files = _write(folder, datetime.fromtimestamp(started), content, samples)
+    return Report(
+        verb="evaluate",
+        recipe=recipe,
+        metrics=_metrics(measured, results),
+        seconds=time.perf_counter() - clock,
+        files=files,
+        details=content,
+    )
+
+
+def table(report: Report) -> Table:
+    """What a person wants to see of it first."""
+    result = Table(title=f"{report.details['model_name']}, {report.seconds:.0f} s", title_justify="left")
+    for column in ("measured", "metric", "value", "", "of"):
+        result.add_column(column, justify="right" if column in ("value", "of") else "left")
+    measured = report.details["axicon"]["perplexity"]
+    if measured is not None:
+        of = f"{measured['windows']} windows of {measured['window']}"
+        result.add_row("text", "perplexity", f"{measured['value']:.4f}", "", of)
+    for task, scores in report.details["results"].items():
+        for key, value in _figures(scores):
+            error = scores.get(f"{key[0]}_stderr,{key[1]}")
+            spread = f"± {error:.4f}" if isinstance(error, float) else ""
+            result.add_row(task, _metric_name(key), f"{value:.4f}", spread, str(scores.get("sample_len", "")))
+    return result
+
+
+class Subject:
+    """The model that is measured, loaded as the recipe says."""
+
+    def __init__(self, recipe: EvaluateRecipe) -> None:
+        import torch
+
+        from axicon.generate.machine import cores
+        from axicon.model import checkpoint
+
+        torch.set_num_threads(recipe.threads or cores())
+        self.recipe = recipe
+        self.path = checkpoint.resolve(recipe.model, offline=recipe.offline, revision=recipe.revision)
+        self.tokenizer = checkpoint.load_tokenizer(self.path)
+        self.decoder = checkpoint.load(self.path, dtype=getattr(torch, recipe.dtype))
+        self.digest = checkpoint.digest(self.path)
+        self.fingerprint: str | None = None
+
+    def make_engine(self) -> Any:
+        """The engine that generates, over the same weights; its fingerprint goes into the results."""
+        from axicon.generate.engine import Engine
+
+        from axicon.generate.request import Limits
+        from axicon.generate.runner import LocalRunner
+
+        runner = LocalRunner(self.decoder, model_digest=self.digest)
+        self.fingerprint = runner.fingerprint
+        return Engine(runner, self.tokenizer, eos_ids=self.decoder.shape.eos_ids, limits=Limits())
+
+    def describe(self) -> dict[str, Any]:
+        """How the figures came to be."""
+        import torch
+        import transformers
+
+        return {
+            "version": __version__,
+            "recipe": self.recipe.model_dump(mode="json"),
+            "model_sha256": self.digest,
+            "system_fingerprint": self.fingerprint,
+            "threads": torch.get_num_threads(),
+            "cpu": torch.backends.cpu.get_cpu_capability(),
+            "machine": platform.machine(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        }
+
+
+def _model_name(recipe: EvaluateRecipe) -> str:
+    from axicon.model.checkpoint import model_id
+
+    return model_id(recipe.model)
+
+
+def _perplexity(subject: Subject, text: str, reporter: Reporter) -> Perplexity:
+    recipe = subject.recipe
+    with reporter.track("perplexity") as advance:
+        return perplexity(
+            subject.decoder,
+            subject.tokenizer,
+            text,
+            window=recipe.window,
+            windows=recipe.windows,
+            batch=recipe.batch,
+            progress=lambda done, total, value: advance(done, total, f"{value:.4f}"),
+        )
+
+
+def _run_tasks(subject: Subject, tasks: Tasks, reporter: Reporter) -> dict[str, Any]:
+    from axicon.evaluate.harness import AxiconLM
+
+    recipe = subject.recipe
+    with reporter.track(", ".join(recipe.tasks)) as advance:
+        lm = AxiconLM(
+            subject.decoder,
+            subject.tokenizer,
+            max_length=subject.decoder.shape.max_positions,
+            make_engine=subject.make_engine,
+            seed=recipe.seed,
+            progress=lambda what, done, total: advance(done, total, what),
+        )
+        with _unheard(reporter):
+            results = tasks.run(lm, limit=recipe.limit, fewshot=recipe.num_fewshot, seed=recipe.seed)
+    results["config"] |= {"model_args": f"pretrained={recipe.model},dtype={recipe.dtype}", "device": "cpu"}
+    return results
+
+
+@contextlib.contextmanager
+def _unheard(reporter: Reporter) -> Iterator[None]:
+    """lm-eval prints bars and notes of its own; they are only of use beside a traceback."""
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+            yield
+    except AxiconError:
+        raise
+    except Exception:
+        reporter.say(said.getvalue())
+        raise
+
+
+def _empty_results(recipe: EvaluateRecipe, started: float) -> dict[str, Any]:
+    """The keys of a results file, as they are when no task ran."""
+    return {
+        **{key: {} for key in RESULT_KEYS},
+        "config": {"model": "AxiconLM", "model_args": f"pretrained={recipe.model},dtype={recipe.dtype}"},
+        "git_hash": None,
+        "date": started,
+    }
+
+
+def _general(subject: Subject, started: float, clock: float) -> dict[str, Any]:
+    """What lm-eval's command adds to the results of its library."""
+    name = _model_name(subject.recipe)
+    return {
+        "model_source": "axicon",
+        "model_name": name,
+        "model_name_sanitized": name.replace("/", "__"),
+        "system_instruction": None,
+        "system_instruction_sha": None,
+        "fewshot_as_multiturn": None,
+        "chat_template": None,
+        "chat_template_sha": None,
+        "start_time": started,
+        "end_time": time.time(),
+        "total_evaluation_time_seconds": str(time.perf_counter() - clock),
+    }
+
+
+def _write(
+    folder: Path, started: datetime, content: Mapping[str, Any], samples: Mapping[str, Sequence[Any]]
+) -> tuple[Path, ...]:
+    """The results last: where they lie, all of a run lies."""
+    stamp = started.isoformat().replace(":", "-")
+    files = []
+    for task, records in samples.items():
+        files.append(folder / f"samples_{task}_{stamp}.jsonl")
+        write_json_lines(files[-1], [_sample(record) for record in records])
+    results = folder / f"results_{stamp}.json"
+    write_json(results, content)
+    return (results, *files)
+
+
+def _sample(record: Mapping[str, Any]) -> dict[str, Any]:
+    """One question as lm-eval stores it: arguments by number, responses as text."""
+    arguments = {
+        f"gen_args_{i}": {f"arg_{j}": value for j, value in enumerate(one)}
+        for i, one in enumerate(record["arguments"])
+    }
+    texts = {key: _texts(record[key]) for key in ("resps", "filtered_resps")}
+    return {**record, **texts, "arguments": arguments, "target": str(record["target"])}
+
+
+def _texts(value: Any) -> Any:
+    return [_texts(item) for item in value] if isinstance(value, list | tuple) else str(value)
+
+
+def _figures(scores: Mapping[str, Any]) -> Iterator[tuple[tuple[str, str], float]]:
+    """((metric, filter), value) of one task, without the standard errors."""
+    for key, value in scores.items():
+        metric, comma, filtered = key.partition(",")
+        if comma and not metric.endswith("_stderr") and isinstance(value, int | float):
+            yield (metric, filtered), float(value)
+
+
+def _metric_name(key: tuple[str, str]) -> str:
+    metric, filtered = key
+    return metric if filtered == "none" else f"{metric} ({filtered})"
+
+
+def _metrics(measured: Perplexity | None, results: Mapping[str, Any]) -> dict[str, float]:
+    metrics = {} if measured is None else {"perplexity": measured.value}
+    for task, scores in results.get("results", {}).items():
+        metrics |= {f"{task}/{_metric_name(key)}": value for key, value in _figures(scores)}
+    return metrics
