@@ -51,14 +51,15 @@ def run(recipe: EvaluateRecipe, reporter: Reporter | None = None) -> Report:
     started, clock = time.time(), time.perf_counter()
     text = None if recipe.text is None else join_rows(read_rows(recipe.text, column=recipe.column))
     tasks = Tasks(recipe.tasks, data_dir=recipe.data, include=recipe.include) if recipe.tasks else None
-    folder = writable_folder((recipe.out or DEFAULT_OUT) / _model_name(recipe).replace("/", "__"))
-
     subject = Subject(recipe)
+    folder = writable_folder((recipe.out or DEFAULT_OUT) / subject.name.replace("/", "__"))
+    subject.load()
+
     measured = None if text is None else _perplexity(subject, text, reporter)
     results = {} if tasks is None else _run_tasks(subject, tasks, reporter)
 
     samples = results.pop("samples", {})
-    content = {**_empty_results(recipe, started), **results, **_general(subject, started, clock)}
+    content = {**_empty_results(recipe, started), **results, **_general(subject, clock)}
     content["axicon"] = subject.describe() | {"perplexity": measured and measured.as_dict()}
     files = _write(folder, datetime.fromtimestamp(started), content, samples)
     return Report(
@@ -89,21 +90,27 @@ def table(report: Report) -> Table:
 
 
 class Subject:
-    """The model that is measured, loaded as the recipe says."""
+    """The model that is measured: found when this is made, read into memory by `load`."""
 
     def __init__(self, recipe: EvaluateRecipe) -> None:
+        from axicon.model import checkpoint
+
+        self.recipe = recipe
+        self.path = checkpoint.resolve(recipe.model, offline=recipe.offline, revision=recipe.revision)
+        self.name = checkpoint.model_id(recipe.model)
+        self.fingerprint: str | None = None
+
+    def load(self) -> None:
         import torch
 
         from axicon.generate.machine import cores
         from axicon.model import checkpoint
 
+        recipe = self.recipe
         torch.set_num_threads(recipe.threads or cores())
-        self.recipe = recipe
-        self.path = checkpoint.resolve(recipe.model, offline=recipe.offline, revision=recipe.revision)
         self.tokenizer = checkpoint.load_tokenizer(self.path)
         self.decoder = checkpoint.load(self.path, dtype=getattr(torch, recipe.dtype))
         self.digest = checkpoint.digest(self.path)
-        self.fingerprint: str | None = None
 
     def make_engine(self) -> Any:
         """The engine that generates, over the same weights; its fingerprint goes into the results."""
@@ -132,12 +139,6 @@ class Subject:
             "torch": torch.__version__,
             "transformers": transformers.__version__,
         }
-
-
-def _model_name(recipe: EvaluateRecipe) -> str:
-    from axicon.model.checkpoint import model_id
-
-    return model_id(recipe.model)
 
 
 def _perplexity(subject: Subject, text: str, reporter: Reporter) -> Perplexity:
@@ -197,20 +198,17 @@ def _empty_results(recipe: EvaluateRecipe, started: float) -> dict[str, Any]:
     }
 
 
-def _general(subject: Subject, started: float, clock: float) -> dict[str, Any]:
+def _general(subject: Subject, clock: float) -> dict[str, Any]:
     """What lm-eval's command adds to the results of its library."""
-    name = _model_name(subject.recipe)
     return {
         "model_source": "axicon",
-        "model_name": name,
-        "model_name_sanitized": name.replace("/", "__"),
+        "model_name": subject.name,
+        "model_name_sanitized": subject.name.replace("/", "__"),
         "system_instruction": None,
         "system_instruction_sha": None,
         "fewshot_as_multiturn": None,
         "chat_template": None,
         "chat_template_sha": None,
-        "start_time": started,
-        "end_time": time.time(),
         "total_evaluation_time_seconds": str(time.perf_counter() - clock),
     }
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
+
 import pytest
+import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 PROSE = (
     "The lamp went out. She waited for the door, counted to nine, and opened it again. "
@@ -40,3 +44,35 @@ def tokenizer(request: pytest.FixtureRequest) -> PreTrainedTokenizerFast:
         pad_token="</s>",
         clean_up_tokenization_spaces=False,
     )
+
+
+@pytest.fixture(scope="session")
+def model_dir(tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of 64 positions with random weights, as a directory."""
+    path = tmp_path_factory.mktemp("models") / "tiny"
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=400,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        bos_token_id=0,
+        eos_token_id=1,
+        initializer_range=0.5,
+    )
+    LlamaForCausalLM(config).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def few_lm_eval_tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """lm-eval knows one task of its own only: reading all of them takes seconds."""
+    import lm_eval.tasks.manager as manager
+
+    home = Path(manager.__file__).parent / "glue" / "sst2"
+    shutil.copytree(home, tmp_path / "tasks" / "sst2")
+    monkeypatch.setattr(manager, "__file__", str(tmp_path / "tasks" / "manager.py"))

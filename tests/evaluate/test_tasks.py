@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -145,22 +144,12 @@ def test_the_public_files_are_read_whole(task: str, data_dir: Path) -> None:
         assert set(splits["validation"]["label"]) == set(range(len(config["dataset_kwargs"]["labels"])))
 
 
-@pytest.fixture
-def _few_defaults(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """lm-eval knows one task of its own only: reading all of them takes seconds."""
-    import lm_eval.tasks.manager as manager
-
-    home = Path(manager.__file__).parent / "glue" / "sst2"
-    shutil.copytree(home, tmp_path / "tasks" / "sst2")
-    monkeypatch.setattr(manager, "__file__", str(tmp_path / "tasks" / "manager.py"))
-
-
 def test_examples_need_training_records(folder: Path) -> None:
     with pytest.raises(AxiconError, match="num_fewshot=2: sst2 has 0 training records"):
         Tasks(["sst2"], data_dir=folder).run(Recorder(), fewshot=2)
 
 
-@pytest.mark.usefixtures("_few_defaults")
+@pytest.mark.usefixtures("few_lm_eval_tasks")
 def test_an_unknown_task_is_named(folder: Path) -> None:
     with pytest.raises(
         AxiconError, match=r"no task named lambda: boolq, .*sst2 read local files, `lm_eval ls"
@@ -204,7 +193,7 @@ def test_records_that_do_not_fit_are_named(tmp_path: Path, records: list[dict[st
         Tasks(["sst2"], data_dir=tmp_path)
 
 
-@pytest.mark.usefixtures("_few_defaults")
+@pytest.mark.usefixtures("few_lm_eval_tasks")
 def test_a_task_of_the_hub_without_the_hub_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     def load_dataset(**_: Any) -> None:
         raise ConnectionError("the hub is away")
