@@ -143,7 +143,7 @@ class EvaluateRecipe(Recipe):
     include: Paths = Field((), description="folders with further lm-eval task files")
     num_fewshot: int | None = Field(None, ge=0, description="examples shown; none: as the task says")
     limit: int | None = Field(None, ge=1, description="only the first so many questions of a task; none: all")
-    batch: int = Field(8, ge=1, description="sequences per forward pass; changes speed and memory only")
+    batch: int = Field(1, ge=1, description="perplexity windows per pass; changes speed and memory only")
     seed: int = Field(1234, ge=0, description="of few-shot choice")
     out: Path | None = Field(None, description="folder for results; none: artifacts/evaluate")
 
