@@ -27,6 +27,7 @@ COMPILER_FLAGS = ("-O3", "-march=native", "-std=c++20", "-fopenmp", "-fno-math-e
 SOURCES = Path(__file__).with_name("cpu")
 
 P, I32, F32 = c.c_void_p, c.c_int32, c.c_float
+Library = c.CDLL
 
 
 class Unavailable(RuntimeError):
@@ -77,13 +78,14 @@ class Step(c.Structure):
 
 
 BF16, INT8 = 0, 1
+FORMATS = {"bfloat16": BF16, "int8": INT8}
 RMS_NORM, LAYER_NORM = 0, 1
 ACTIVATIONS = {"silu": 0, "relu": 1, "gelu": 2, "gelu_tanh": 3}
 HEAD_WIDTHS = (32, 64, 96, 128)
 
 
 @functools.cache
-def library() -> c.CDLL:
+def library() -> Library:
     """The compiled kernels, built now if this machine has none yet. Raises `Unavailable`."""
     missing = NEEDED_FLAGS - cpu_flags()
     if missing:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from axicon.kernels import native
 from axicon.model.cache import RowCache
 from axicon.model.decoder import Block, Decoder, Norm, inverse_frequencies
+from axicon.model.packed import PackedLinear
 
 EXTENT = np.dtype([("keys", "u8"), ("values", "u8"), ("lengths", "u8"), ("capacity", "i4")], align=True)
 
@@ -49,6 +50,8 @@ def why_not(decoder: Decoder) -> str | None:
         if holds:
             return reason
     for name, module in decoder.named_modules():
+        if isinstance(module, PackedLinear) and module.format not in native.FORMATS:
+            return f"{name} is stored as {module.format}, they know {', '.join(native.FORMATS)}"
         if isinstance(module, nn.Linear) and module.weight.dtype != torch.bfloat16:
             return f"{name} is {str(module.weight.dtype).removeprefix('torch.')}, not bfloat16"
     try:
@@ -134,6 +137,11 @@ class NativeDecoder:
         return tensor.data_ptr()
 
     def _linear(self, module: nn.Module) -> native.Linear:
+        if isinstance(module, PackedLinear):
+            described = module.native(self.library)
+            assert described is not None
+            self._keep += described[1]
+            return described[0]
         assert isinstance(module, nn.Linear)
         outputs, inputs = module.weight.shape
         weight = module.weight.detach().contiguous()

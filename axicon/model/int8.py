@@ -1,0 +1,96 @@
+"""Int8Linear: vector-wise int8 with an outlier path, the storage format of LLM.int8().
+
+Dettmers et al., arXiv:2208.07339, sections 2 and 3. Weights keep one scale per output, activations one per
+row; activation entries of magnitude `threshold` or more stay out of the integer product and multiply the
+dequantised weight instead.
+
+Differs from the paper in one point: outliers are found per row, not as the union of columns over the batch,
+so that a row's result does not depend on its batch mates. With one row the two agree. As in the authors'
+code, the outlier columns of the weight are the dequantised int8 ones.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, Self, cast
+
+import torch
+from torch import Tensor, nn
+
+from axicon.kernels import int8_matmul, native
+from axicon.model.packed import PackedLinear, slice_of
+
+
+class Int8Linear(PackedLinear):
+    """Buffers: `qweight` int8 (O, I), `absmax` float32 (O,), `bias` (O,) or None."""
+
+    format = "int8"
+    qweight: Tensor
+    absmax: Tensor
+
+    def __init__(self, qweight: Tensor, absmax: Tensor, bias: Tensor | None, threshold: float = 6.0) -> None:
+        super().__init__()
+        self.outputs, self.inputs = qweight.shape
+        self.threshold = threshold
+        self.register_buffer("qweight", qweight)
+        self.register_buffer("absmax", absmax)
+        self.register_buffer("bias", bias)
+        self._product: int8_matmul.Product | None = None
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, threshold: float = 6.0) -> Int8Linear:
+        """Symmetric absmax rounding of each output's weights (step 1 of the note's algorithm)."""
+        weight = linear.weight.detach().float()
+        absmax = weight.abs().amax(1)
+        scaled = weight * torch.where(absmax > 0, 127.0 / absmax, 0.0)[:, None]
+        bias = None if linear.bias is None else linear.bias.detach().clone()
+        return cls(scaled.round().to(torch.int8), absmax, bias, threshold)
+
+    def unpack(self) -> Tensor:
+        return self.qweight.float() * (self.absmax / 127.0)[:, None]
+
+    def forward(self, x: Tensor) -> Tensor:
+        x_NI = x.float()
+        q_NI, scale_N1, outlier_NI = quantise_rows(x_NI, self.threshold)
+        if self._product is None:
+            self._product = int8_matmul.PRODUCTS[int8_matmul.choose()](self.qweight)
+        y_NO = self._product(q_NI) * (self.absmax * (scale_N1 / 16129.0))
+        if bool(outlier_NI.any()):
+            columns = outlier_NI.any(0).nonzero().flatten()
+            kept = torch.where(outlier_NI, x_NI, 0.0)[:, columns]
+            y_NO += kept @ (self.qweight[:, columns].float() * (self.absmax / 127.0)[:, None]).T
+        if self.bias is not None:
+            y_NO += self.bias
+        return y_NO.to(x.dtype)
+
+    def native(self, library: native.Library) -> tuple[native.Linear, list[Tensor]] | None:
+        packed = torch.empty(self.qweight.shape, dtype=torch.uint8)
+        weight, scale = self.qweight.contiguous(), self.absmax.contiguous()
+        library.axicon_pack_int8(weight.data_ptr(), self.outputs, self.inputs, packed.data_ptr())
+        bias = None if self.bias is None else self.bias.float().contiguous()
+        descriptor = native.Linear(
+            native.INT8, self.outputs, self.inputs, self.threshold,
+            packed.data_ptr(), scale.data_ptr(), None if bias is None else bias.data_ptr(),
+        )  # fmt: skip
+        return descriptor, [packed, scale] if bias is None else [packed, scale, bias]
+
+    def shard(self, rank: int, world: int, dim: Literal["out", "in"]) -> Self:
+        """Along `in`, the bias stays with rank 0, since the ranks' results are summed."""
+        if dim == "out":
+            rows = slice_of(self.outputs, rank, world)
+            bias = None if self.bias is None else self.bias[rows]
+            return cast(Self, Int8Linear(self.qweight[rows], self.absmax[rows], bias, self.threshold))
+        columns = slice_of(self.inputs, rank, world)
+        bias = self.bias if rank == 0 else None
+        return cast(Self, Int8Linear(self.qweight[:, columns], self.absmax, bias, self.threshold))
+
+
+def quantise_rows(x_NI: Tensor, threshold: float) -> tuple[Tensor, Tensor, Tensor]:
+    """int8 (N, I) with outliers as zeros, the rows' absmax (N, 1) without them, and where they are (N, I).
+
+    threshold 0 finds none.
+    """
+    magnitude = x_NI.abs()
+    outlier = magnitude >= threshold if threshold > 0 else torch.zeros_like(x_NI, dtype=torch.bool)
+    scale = magnitude.masked_fill(outlier, 0.0).amax(1, keepdim=True)
+    scaled = x_NI * torch.where(scale > 0, 127.0 / scale, 0.0)
+    return scaled.masked_fill(outlier, 0.0).round().to(torch.int8), scale, outlier

@@ -1,0 +1,48 @@
+"""PackedLinear: the base of every compressed storage format. Its buffers are the file format.
+
+A format says what its weight means (`unpack`), may multiply faster than by unpacking (`forward`), may be
+run by the C++ step (`native`), and knows how to be cut for tensor parallelism (`shard`).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import ClassVar, Literal, Self
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from axicon.kernels import native
+
+
+class PackedLinear(nn.Module, ABC):
+    """y = x W^T + b with W stored in some other form than a matrix."""
+
+    format: ClassVar[str]
+    outputs: int
+    inputs: int
+    bias: Tensor | None
+
+    @abstractmethod
+    def unpack(self) -> Tensor:
+        """(O, I) float32: what `forward` really multiplies by, up to the rounding of activations."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, I) to (N, O) in the dtype of x."""
+        return F.linear(x, self.unpack().to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+
+    def native(self, library: native.Library) -> tuple[native.Linear, list[Tensor]] | None:
+        """Descriptor for the C++ step and the tensors it points into; None without such a kernel."""
+        return None
+
+    @abstractmethod
+    def shard(self, rank: int, world: int, dim: Literal["out", "in"]) -> Self:
+        """The part of one rank. Raises ValueError where the dimension does not divide."""
+
+
+def slice_of(size: int, rank: int, world: int) -> slice:
+    """The rank's share of `size` rows or columns. Raises ValueError where it does not divide."""
+    if size % world:
+        raise ValueError(f"{size} does not divide among {world} ranks")
+    share = size // world
+    return slice(rank * share, (rank + 1) * share)
