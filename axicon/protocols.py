@@ -1,11 +1,11 @@
 """The seams of axicon. Read this file first.
 
 A paper plugs into one of the protocols below with one file and one line in its family's table. `Runner` and
-`StepInput` are seams rather than plug points: the engine does not know whether its model lives in its own process or
-in a row of actors, because both answer the same `forward`.
+`StepInput` are seams rather than plug points: the engine does not know whether its model lives in its own
+process or in a row of actors, because both answer the same `forward`.
 
-Shape letters: B batch, T tokens, N rows of a step, Q queries, S slots, D width, H query heads, G key/value heads,
-K head width, V vocabulary, O out, I in, L layers, R request rows.
+Shape letters: B batch, T tokens, N rows of a step, Q queries, S slots, D width, H query heads, G key/value
+heads, K head width, V vocabulary, O out, I in, L layers, R request rows.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor
 
+from axicon.model.decoder import Block, Decoder
+
 STEP_VERSION = 1
 
 
@@ -24,13 +26,13 @@ STEP_VERSION = 1
 class StepInput:
     """One step of the model, as a flat, versioned set of integer tensors.
 
-    This is all a process group ever broadcasts: trees, adapters, replay and shards need no other channel. A *node* is
-    one token to be computed. Its *request row* is the cache row the engine gave to the request when it was admitted;
-    a row number is used again only after it was released.
+    This is all a process group ever broadcasts: trees, adapters, replay and shards need no other channel. A
+    *node* is one token to be computed. Its *request row* is the cache row the engine gave to the request
+    when it was admitted; a row number is used again only after it was released.
 
-    Order inside a step is part of the contract: nodes of one request row are adjacent, parents come before children.
-    A runner first applies what the previous step decided (`commits`, then `evictions`, then `releases`) and then
-    computes the nodes.
+    Order inside a step is part of the contract: nodes of one request row are adjacent, parents come before
+    children. A runner first applies what the previous step decided (`commits`, then `evictions`, then
+    `releases`) and then computes the nodes.
     """
 
     tokens_N: Tensor
@@ -40,7 +42,7 @@ class StepInput:
     rows_N: Tensor
     """int64. Request row of each node."""
     parents_N: Tensor
-    """int64. Index, inside this step, of the node this one follows; -1 if it follows the committed context."""
+    """int64. Index, inside this step, of the node this one follows; -1 if it follows committed context."""
     wanted_N: Tensor
     """bool. Whether the logits of this node are wanted."""
     adapters_N: Tensor
@@ -52,8 +54,9 @@ class StepInput:
     releases: tuple[int, ...] = ()
     """Request rows whose cache is given back."""
     evictions: tuple[int, ...] = ()
-    """Request rows that are cut to their policy's budget now. The engine names a row only when its committed length
-    is a multiple of `evict_every`."""
+    """Request rows that are cut to their policy's budget now. The engine names a row only when its
+    committed length is a multiple of `evict_every`.
+    """
     reserves: tuple[tuple[int, int], ...] = ()
     """(row, slots): rows that begin with this step and the most slots they will ever hold per head."""
 
@@ -78,7 +81,7 @@ class StepInput:
         """Inverse of `pack`. Raises ValueError for another version or a wrong length."""
         version, n, *counts = packed[:6].tolist()
         if version != STEP_VERSION:
-            raise ValueError(f"StepInput version {version}, this process speaks {STEP_VERSION}: run one axicon version")
+            raise ValueError(f"StepInput version {version}, this process speaks {STEP_VERSION}: run one axicon")
         parts = packed[6:].split([n] * 7 + counts)
         tokens, positions, rows, parents, wanted, adapters, forced = parts[:7]
         commits, releases, evictions, flat = (p.tolist() for p in parts[7:])
@@ -109,6 +112,35 @@ class Capacity:
     boundaries, and with them every bit of the result, depend on the request alone."""
     bytes_per_slot: int
     """Bytes of one slot over all layers and KV heads."""
+    vocab: int
+    """Token ids are 0 .. vocab - 1."""
+
+
+class Compressor(Protocol):
+    """Changes a model block by block. Settings are the method's dataclass fields; instances are plain data.
+
+    A walk calls `begin`, then `block` for every block in order, then `finish`. Each is called on the process
+    that holds the part in question, so what must be known later travels on the compressor.
+    """
+
+    @property
+    def needs_inputs(self) -> bool:
+        """Whether `block` wants calibration hidden states; if not it is called with none."""
+        ...
+
+    def begin(self, model: Decoder) -> None:
+        """Before the first block, where the embeddings live."""
+        ...
+
+    def block(self, block: Block, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Replace the block's products. `inputs` are hidden states (B, T, D); returns those handed to the
+        next block, whose basis may have changed.
+        """
+        ...
+
+    def finish(self, model: Decoder) -> None:
+        """After the last block, where the head lives."""
+        ...
 
 
 class Runner(Protocol):
@@ -119,8 +151,9 @@ class Runner(Protocol):
 
     @property
     def fingerprint(self) -> str:
-        """`system_fingerprint`: digest of model, storage format, numerics path, versions, instruction set, threads
-        and plan. Equal fingerprint, request and seed give equal bytes on a CPU."""
+        """`system_fingerprint`: digest of model, storage format, numerics path, versions, instruction set,
+        threads and plan. Equal fingerprint, request and seed give equal bytes on a CPU.
+        """
         ...
 
     def slots_reserved(self, tokens: int) -> int:
@@ -128,13 +161,19 @@ class Runner(Protocol):
         ...
 
     def forward(self, step: StepInput) -> StepOutput:
-        """Apply the previous step's commits, evictions and releases, then compute the nodes of this one."""
+        """Apply the previous step's commits, evictions and releases, then compute the nodes of this one.
+
+        A step that breaks the contract raises ValueError before anything changes. If computing fails, what it
+        applied stays applied and none of its nodes are staged; the caller gives up the rows it named.
+        """
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class Draw:
-    """Where a token is drawn: the counter of the random numbers, so a draw never depends on its batch mates."""
+    """Where a token is drawn: the counter of the random numbers, so a draw never depends on its batch
+    mates.
+    """
 
     seed: int
     choice: int
@@ -144,13 +183,15 @@ class Draw:
 
 
 class Sampler(Protocol):
-    """Turns probabilities into a token. Called once per tree node, so verification can ask it about any node."""
+    """Turns probabilities into a token. Called once per tree node, so verification can ask it about any
+    node.
+    """
 
     def choose(self, probs_RC: Tensor, ids_RC: Tensor, draws: Sequence[Draw]) -> Tensor:
         """Pick one of C candidates per row.
 
-        probs_RC float32, each row sums to 1, zero where a candidate was filtered out; ids_RC int64, the token ids of
-        the candidates. Returns (R,) int64 token ids. The result depends on each row's (id, probability) set and
-        `Draw` alone, not on the order of the candidates nor on the other rows.
+        probs_RC float32, each row sums to 1, zero where a candidate was filtered out; ids_RC int64, the
+        token ids of the candidates. Returns (R,) int64 token ids. The result depends on each row's (id,
+        probability) set and `Draw` alone, not on the order of the candidates nor on the other rows.
         """
         ...

@@ -1,0 +1,53 @@
+"""What every compressor promises, over the table of methods."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from axicon.compress import COMPRESSORS
+from axicon.compress.walk import compress
+from axicon.model.decoder import Decoder
+from axicon.model.packed import PackedLinear
+from axicon.model.shape import ModelShape
+
+SIZES = {"vocab_size": 160, "num_hidden_layers": 2, "hidden_size": 96, "max_position_embeddings": 64}
+CONFIGS = {
+    "llama": SIZES | {"model_type": "llama", "intermediate_size": 160, "num_attention_heads": 3,
+                      "num_key_value_heads": 1, "tie_word_embeddings": True},
+    "opt": SIZES | {"model_type": "opt", "ffn_dim": 160, "num_attention_heads": 3, "word_embed_proj_dim": 96},
+}
+
+
+def decoder(family: str) -> Decoder:
+    torch.manual_seed(0)
+    return Decoder(ModelShape.from_config(CONFIGS[family])).requires_grad_(False)
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("method", COMPRESSORS)
+class TestEveryCompressor:
+    def test_stays_near_the_dense_model(self, method: str, family: str) -> None:
+        dense = decoder(family)
+        tokens = torch.randint(0, 160, (2, 32), generator=torch.Generator().manual_seed(1))
+        want = dense.logits(tokens)
+        got = compress(COMPRESSORS[method](), copy.deepcopy(dense)).logits(tokens)
+        assert not torch.equal(got, want)
+        assert (got - want).norm() / want.norm() < 0.05
+
+    def test_forward_equals_unpack(self, method: str, family: str) -> None:
+        model = compress(COMPRESSORS[method](), decoder(family))
+        packed = [m for m in model.modules() if isinstance(m, PackedLinear)]
+        assert packed
+        for module in packed:
+            x = torch.randn(4, module.inputs, generator=torch.Generator().manual_seed(2))
+            want = nn.functional.linear(x, module.unpack(), module.bias)
+            assert (module(x) - want).norm() / want.norm() < 0.02
+
+    def test_leaves_the_embedding_alone(self, method: str, family: str) -> None:
+        dense = decoder(family)
+        model = compress(COMPRESSORS[method](), copy.deepcopy(dense))
+        assert torch.equal(model.embed_tokens.weight, dense.embed_tokens.weight)
