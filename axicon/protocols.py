@@ -81,7 +81,8 @@ class StepInput:
         """Inverse of `pack`. Raises ValueError for another version or a wrong length."""
         version, n, *counts = packed[:6].tolist()
         if version != STEP_VERSION:
-            raise ValueError(f"StepInput version {version}, this process speaks {STEP_VERSION}: run one axicon")
+            known = f"this process speaks {STEP_VERSION}: run one axicon version everywhere"
+            raise ValueError(f"StepInput version {version}, {known}")
         parts = packed[6:].split([n] * 7 + counts)
         tokens, positions, rows, parents, wanted, adapters, forced = parts[:7]
         commits, releases, evictions, flat = (p.tolist() for p in parts[7:])
