@@ -1,0 +1,72 @@
+"""The answer to one request while it comes in: its choices, and the events they become."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from axicon.generate.request import Delta
+from services.errors import ApiError
+from services.plan import Plan
+from services.render import DONE, Choice, Usage
+
+
+class Answer:
+    """Collects the deltas of one request, for one body at the end or for events on the way."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.form = plan.form
+        self._index = {request.id: index for index, request in enumerate(plan.requests)}
+        self._choices = [Choice(index) for index in range(len(plan.requests))]
+        self._per_prompt = len(plan.requests) // plan.prompts
+        self._opened: set[int] = set()
+
+    def add(self, delta: Delta) -> None:
+        """Take one delta. Raises ApiError when it says that the request failed."""
+        check(delta)
+        self._choices[self._index[delta.request_id]].add(delta)
+
+    def events(self, deltas: Sequence[Delta]) -> bytes:
+        """Take deltas and give them back as events. Raises ApiError when one says that the request failed."""
+        text = ""
+        for delta in deltas:
+            check(delta)
+            index = self._index[delta.request_id]
+            if index not in self._opened:
+                self._opened.add(index)
+                text += self.form.opening(index)
+            text += self.form.event(index, delta)
+            choice = self._choices[index]
+            choice.prompt_tokens, choice.completion_tokens = delta.prompt_tokens, delta.completion_tokens
+        return text.encode()
+
+    def closing(self) -> bytes:
+        """What ends the events of a request that went well."""
+        return self.form.closing(self.usage).encode() + DONE
+
+    def body(self) -> dict[str, Any]:
+        """The whole answer."""
+        return self.form.body(self._choices, self.usage)
+
+    @property
+    def usage(self) -> Usage:
+        return Usage(
+            sum(choice.prompt_tokens for choice in self._choices[:: self._per_prompt]),
+            sum(choice.completion_tokens for choice in self._choices),
+        )
+
+
+def check(delta: Delta) -> None:
+    """Raises ApiError for a delta that says its request failed."""
+    if delta.finish_reason == "deadline":
+        # Trying again would only take as long again.
+        raise ApiError(
+            408,
+            "The request took longer than this server allows.",
+            code="deadline_exceeded",
+            headers={"X-Should-Retry": "false"},
+        )
+    if delta.finish_reason == "error":
+        raise ApiError(500, delta.error or "The engine failed on this request.", code="engine_error")
+    if delta.finish_reason == "cancelled":
+        raise ApiError(503, "The server is shutting down.", code="shutting_down")

@@ -1,0 +1,56 @@
+"""The deployable unit: `services.app:build`, the one place where the server meets Ray Serve.
+
+One deployment answers HTTP and owns the engine. Annotations are not postponed here: Serve looks at the
+builder's parameter for a class to validate its arguments with.
+"""
+
+from fastapi import FastAPI
+from ray import serve
+from ray.serve import Application
+from ray.serve.config import BackpressureConfig
+
+from axicon.recipe import ServeRecipe
+from services.generation import GenerationServer
+from services.ingress import make_api
+
+SPARE = 64
+"""Requests beside generation (health, figures, models, tokenizing) that must get through while the engine is
+full."""
+
+
+class Generator(GenerationServer):
+    """A replica."""
+
+    async def __serve_build_asgi_app__(self) -> FastAPI:
+        """Serve awaits this before it sends the first request, so a replica is up once its model is loaded,
+        and a model that cannot be loaded is reported as what it is."""
+        await self.start()
+        return make_api(lambda: self)
+
+    async def __del__(self) -> None:
+        await self.close()
+
+
+def build(args: ServeRecipe) -> Application:
+    """The application that serves what `args` says. Raises AxiconError for keys that are asked for and
+    missing.
+
+    Keys from the environment are resolved here, where the person who starts the server has set them; replicas
+    get digests only.
+    """
+    digests = tuple(digest.hex() for digest in args.api_key_digests())
+    recipe = args.model_copy(update={"api_key_hashes": digests, "api_keys_env": None})
+    deploy = serve.deployment(
+        name="Generator",
+        # Our own refusal (429 with an error body and an estimated Retry-After) comes first.
+        max_ongoing_requests=recipe.max_rows + recipe.max_queue + SPARE,
+        max_queued_requests=SPARE,
+        backpressure_config=BackpressureConfig(status_code=429, retry_after_s=1),
+        health_check_period_s=5,
+        health_check_timeout_s=30,
+        graceful_shutdown_timeout_s=20,
+        # A model that cannot be loaded cannot be loaded the second time either.
+        max_constructor_retry_count=1,
+        ray_actor_options={"num_cpus": 1},
+    )
+    return deploy(serve.ingress()(Generator)).bind(recipe)

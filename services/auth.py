@@ -1,0 +1,103 @@
+"""Who may ask: API keys, and without keys the machine itself.
+
+Keys are configured as SHA-256 digests or through an environment variable and only their digests are kept. A
+request is compared with every configured digest in constant time. Without keys the server binds loopback
+only, and a request must also name a loopback host: otherwise any web page could reach it by pointing a name
+of its own at 127.0.0.1.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import ipaddress
+from collections.abc import Callable, Iterable
+
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from services.errors import ApiError
+
+OPEN = frozenset({"/", "/health", "/pages/playground.js", "/pages/playground.css", "/pages/icon.svg"})
+"""Paths that answer without a key."""
+
+
+def digest(key: bytes) -> bytes:
+    """What is kept of a key."""
+    return hashlib.sha256(key).digest()
+
+
+class Access:
+    """Decides about one request from where it comes, its path and its headers."""
+
+    def __init__(self, digests: Iterable[bytes] = (), hosts: Iterable[str] = ()) -> None:
+        """`digests`: SHA-256 digests of keys. `hosts`: further host names to answer to when there are no
+        keys; whoever sets them takes it on himself who can connect."""
+        self.digests = tuple(digests)
+        self.hosts = frozenset(host.lower() for host in hosts)
+
+    def check(self, path: str, headers: Headers, peer: str | None = None) -> None:
+        """`peer`: the address that the connection comes from. Raises ApiError 401 or 403."""
+        if self.digests:
+            if path not in OPEN:
+                self._check_key(headers.get("authorization", ""))
+        elif not self.hosts and peer is not None and not is_loopback(peer):
+            raise ApiError(
+                403, "Without API keys this server answers only its own machine.", code="peer_not_allowed"
+            )
+        else:
+            self._check_host(headers.get("host", ""))
+
+    def _check_key(self, authorization: str) -> None:
+        scheme, _, key = authorization.partition(" ")
+        offered = digest(key.strip().encode("latin-1"))  # the header's own bytes
+        # All are compared, whichever matches: time says nothing about the keys.
+        matches = [hmac.compare_digest(offered, kept) for kept in self.digests]
+        if scheme.lower() != "bearer" or not any(matches):
+            what = "This API key is not valid." if authorization else "An API key is required."
+            headers = {"WWW-Authenticate": 'Bearer realm="axicon"'}
+            raise ApiError(
+                401, f"{what} Send 'Authorization: Bearer KEY'.", code="invalid_api_key", headers=headers
+            )
+
+    def _check_host(self, header: str) -> None:
+        host = host_of(header)
+        if host not in self.hosts and not is_loopback(host):
+            message = "Without API keys this server answers only to loopback host names."
+            raise ApiError(403, f"{message} Set API keys or allowed_hosts.", code="host_not_allowed")
+
+
+def host_of(header: str) -> str:
+    """The host of a `Host` header, without its port and brackets."""
+    if header.startswith("["):
+        return header[1:].partition("]")[0].lower()
+    return header.partition(":")[0].lower()
+
+
+def is_loopback(host: str) -> bool:
+    """Whether `host` can only mean this machine."""
+    if host == "localhost" or host.endswith(".localhost"):
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+class Gate:
+    """ASGI middleware that asks `Access` before any route does, unknown paths included."""
+
+    def __init__(self, app: ASGIApp, get_access: Callable[[], Access]) -> None:
+        self.app = app
+        self.get_access = get_access
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            try:
+                path = scope["path"].removeprefix(scope.get("root_path", ""))
+                client = scope.get("client")
+                self.get_access().check(path, Headers(scope=scope), client[0] if client else None)
+            except ApiError as refusal:
+                await refusal.response()(scope, receive, send)
+                return
+        await self.app(scope, receive, send)

@@ -1,0 +1,197 @@
+"""GenerationServer: one engine, and everything about it that HTTP does not need to know.
+
+All torch work, loading included, happens in the engine's own thread. The event loop tokenizes, hands requests
+over and hands deltas out; it never calls torch.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from axicon.generate.request import Delta, Overloaded, Request
+from axicon.recipe import ServeRecipe
+from services.auth import Access
+from services.errors import ApiError
+from services.metrics import Metrics
+from services.plan import Served
+from services.stream import Mailbox, Stream
+from services.text import Text
+
+if TYPE_CHECKING:
+    from axicon.generate.thread import EngineThread
+
+log = logging.getLogger(__name__)
+
+WATCH_S = 0.5
+"""How often the event loop's lag is measured and lost readers are looked for."""
+READER_S = 60.0
+"""A client that takes nothing for so long while there is something to take is given up."""
+RECENT = 64
+"""Finished choices that the estimate for `Retry-After` looks back on."""
+LONGEST_WAIT_S = 30
+"""The most that `Retry-After` says."""
+
+
+def engine_thread(recipe: ServeRecipe) -> EngineThread:
+    """The engine that a recipe asks for, not started."""
+    # Here, so that whoever only deploys this class does not load torch.
+    from axicon.generate.build import build_engine
+    from axicon.generate.thread import EngineThread
+
+    return EngineThread(lambda: build_engine(recipe))
+
+
+class GenerationServer:
+    """Answers generation requests with one engine. Lives in one event loop, from `start` to `close`."""
+
+    def __init__(
+        self, recipe: ServeRecipe, make_thread: Callable[[ServeRecipe], EngineThread] = engine_thread
+    ) -> None:
+        self.recipe = recipe
+        self.access = Access(recipe.api_key_digests(), recipe.allowed_hosts)
+        self.thread = make_thread(recipe)
+        self._served: Served | None = None
+        self._metrics: Metrics | None = None
+        self._mailbox: Mailbox | None = None
+        self._watcher: asyncio.Task[None] | None = None
+        self._durations: deque[float] = deque(maxlen=RECENT)
+
+    async def start(self) -> None:
+        """Load the model and begin to answer. Raises AxiconError when it cannot be served."""
+        await asyncio.to_thread(self.thread.start)
+        self._mailbox = Mailbox(asyncio.get_running_loop(), self._observe)
+        self._served = served = await asyncio.to_thread(self._describe)
+        self._metrics = Metrics(served.name, self.thread.stats)
+        self._watcher = asyncio.create_task(self._watch())
+        log.info("serving %s, context %d tokens", served.name, served.max_len)
+
+    async def close(self) -> None:
+        """End every request and the engine thread."""
+        if self._watcher is not None:
+            self._watcher.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._watcher
+        await asyncio.to_thread(self.thread.close)
+
+    @property
+    def served(self) -> Served:
+        """The model. Raises ApiError 503 while it is loading."""
+        if self._served is None:
+            raise ApiError(503, "The model is still loading.", code="loading")
+        return self._served
+
+    @property
+    def metrics(self) -> Metrics:
+        """The figures. Raises ApiError 503 while the model is loading."""
+        if self._metrics is None:
+            raise ApiError(503, "The model is still loading.", code="loading")
+        return self._metrics
+
+    @property
+    def unfinished(self) -> int:
+        """Choices that were accepted and have not ended."""
+        return 0 if self._mailbox is None else sum(len(s.unfinished) for s in self._mailbox.streams)
+
+    def trouble(self) -> str | None:
+        """Why the server should get no requests now, or None."""
+        if self.thread.error is not None:
+            return f"The engine has stopped: {self.thread.error}"
+        if self._served is None:
+            return "The model is still loading."
+        if not self.thread.healthy(self.recipe.stall_s):
+            return f"The decode loop has made no step for {self.recipe.stall_s:g} s."
+        return None
+
+    async def check_health(self) -> None:
+        """Asked by Serve, which replaces the replica after repeated failures. Raises only when the decode
+        loop is dead or stuck; what passes by itself is reported by `/health` alone."""
+        trouble = self.trouble()
+        if trouble is not None and self._served is not None:
+            raise RuntimeError(trouble)
+
+    def submit(self, requests: Sequence[Request]) -> Stream:
+        """Hand requests to the engine. The caller must close the stream, which gives up what is unfinished.
+
+        Raises ApiError 503 while loading, Overloaded when there is no room for all of them.
+        """
+        metrics, mailbox = self.metrics, self._mailbox
+        assert mailbox is not None
+        room = self.recipe.max_rows + self.recipe.max_queue - self.unfinished
+        if len(requests) > room:
+            metrics.overload.inc()
+            raise Overloaded(f"The server is full: {self.unfinished} choices in work.", self._retry_after())
+        stream = Stream([request.id for request in requests], self._release)
+        mailbox.attach(stream)
+        try:
+            for request in requests:
+                self.thread.submit(request, mailbox.post)
+        except BaseException:
+            stream.close()
+            raise
+        return stream
+
+    def _release(self, stream: Stream) -> None:
+        """A stream was closed: the engine drops what it still computes for it, within one step."""
+        assert self._mailbox is not None
+        self._mailbox.detach(stream)
+        for name in stream.unfinished:
+            self.thread.cancel(name)
+
+    def _observe(self, stream: Stream, delta: Delta) -> None:
+        """Measure one delta as it reaches the event loop."""
+        assert self._metrics is not None
+        now = time.monotonic()
+        if delta.tokens:
+            last = stream.last_token.get(delta.request_id)
+            if last is None:
+                self._metrics.first_token.observe(now - stream.opened)
+            else:
+                self._metrics.between.observe(now - last)
+            stream.last_token[delta.request_id] = now
+        if delta.finish_reason is not None:
+            self._metrics.ended(delta, now - stream.opened)
+            self._durations.append(now - stream.opened)
+
+    def _retry_after(self) -> int:
+        """Seconds until a place should be free: what the queue holds, at the pace of the last choices."""
+        if not self._durations:
+            return 1
+        mean = sum(self._durations) / len(self._durations)
+        rounds = max(1.0, self.recipe.max_queue / self.recipe.max_rows)
+        return max(1, min(LONGEST_WAIT_S, round(mean * rounds / 2)))
+
+    async def _watch(self) -> None:
+        """Measure the event loop's lag, and give up streams that nobody reads any more."""
+        assert self._metrics is not None
+        assert self._mailbox is not None
+        while True:
+            begin = time.monotonic()
+            await asyncio.sleep(WATCH_S)
+            now = time.monotonic()
+            if self.thread.error is not None:
+                for stream in self._mailbox.streams:
+                    stream.fail(ApiError(500, "The engine has stopped.", code="engine_error"))
+            self._metrics.loop_lag.observe(max(0.0, now - begin - WATCH_S))
+            for stream in self._mailbox.streams:
+                if stream.pending and now - stream.last_read > READER_S:
+                    stream.fail(ApiError(408, "Nothing was read for too long.", code="reader_gone"))
+                    stream.close()
+
+    def _describe(self) -> Served:
+        """What the loaded engine serves."""
+        engine = self.thread.engine
+        text = Text(engine.tokenizer)
+        return Served(
+            name=self.recipe.served_name or engine.model_name,
+            text=text,
+            vocab=text.size,
+            max_len=engine.max_model_len,
+            created=int(time.time()),
+            fingerprint=self.thread.fingerprint,
+        )

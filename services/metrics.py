@@ -1,0 +1,106 @@
+"""Figures for Prometheus, under the names that dashboards for vLLM already know where the meaning is the
+same.
+
+Every server has a registry of its own, so several can live in one process. `axicon:` names are ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from axicon.generate.request import Delta, EngineStats
+
+FIRST_TOKEN = (0.005, 0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.25, 2.5, 5, 10, 20, 40, 80)
+BETWEEN = (0.002, 0.005, 0.01, 0.02, 0.03, 0.04, 0.06, 0.08, 0.1, 0.15, 0.2, 0.4, 0.8, 1.6, 5)
+WHOLE = (0.1, 0.2, 0.4, 0.8, 1.5, 2.5, 5, 10, 15, 20, 30, 60, 120, 300, 600)
+LENGTHS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000, 50000)
+LAG = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2)
+
+
+class EngineCollector(Collector):
+    """What the engine counts itself, read when Prometheus asks."""
+
+    def __init__(self, model: str, stats: Callable[[], EngineStats]) -> None:
+        self.model = model
+        self.stats = stats
+
+    def describe(self) -> list[Metric]:
+        return []
+
+    def collect(self) -> Iterator[Metric]:
+        stats = self.stats()
+        for name, text, value in (
+            ("vllm:num_requests_running", "Choices being generated.", stats.running),
+            ("vllm:num_requests_waiting", "Choices that wait for a place.", stats.waiting),
+            ("vllm:kv_cache_usage_perc", "Share of the cache that is set aside, 0 to 1.", _share(stats)),
+            ("axicon:step_seconds", "Wall time of the last step.", stats.step_seconds),
+            ("axicon:step_tokens", "Tokens computed in the last step.", stats.step_tokens),
+        ):
+            gauge = GaugeMetricFamily(name, text, labels=["model_name"])
+            gauge.add_metric([self.model], value)
+            yield gauge
+        for name, text, value in (
+            ("vllm:prompt_tokens", "Prompt tokens computed.", stats.prompt_tokens_total),
+            ("vllm:generation_tokens", "Tokens generated.", stats.generated_tokens_total),
+            ("axicon:steps", "Steps of the engine.", stats.steps_total),
+        ):
+            counter = CounterMetricFamily(name, text, labels=["model_name"])
+            counter.add_metric([self.model], value)
+            yield counter
+        ended = CounterMetricFamily(
+            "vllm:request_success", "Choices that ended, by reason.", labels=["model_name", "finished_reason"]
+        )
+        for reason, count in stats.finished_total.items():
+            ended.add_metric([self.model, reason], count)
+        yield ended
+
+
+def _share(stats: EngineStats) -> float:
+    return stats.slots_reserved / stats.slots if stats.slots else 0.0
+
+
+class Metrics:
+    """What one server measures. Called from the event loop only."""
+
+    def __init__(self, model: str, stats: Callable[[], EngineStats]) -> None:
+        self.registry = CollectorRegistry()
+        self.registry.register(EngineCollector(model, stats))
+        self._model = model
+        self.overload = Counter(
+            "axicon:overload_refusals", "Requests answered with 429.", ["model_name"], registry=self.registry
+        ).labels(model)
+        self.first_token = self._histogram(
+            "vllm:time_to_first_token_seconds", "From the request to its first token.", FIRST_TOKEN
+        )
+        self.between = self._histogram(
+            "vllm:inter_token_latency_seconds", "Between two deltas of one choice.", BETWEEN
+        )
+        self.whole = self._histogram(
+            "vllm:e2e_request_latency_seconds", "From the request to its end.", WHOLE
+        )
+        self.prompt_length = self._histogram(
+            "vllm:request_prompt_tokens", "Prompt tokens of a choice.", LENGTHS
+        )
+        self.answer_length = self._histogram(
+            "vllm:request_generation_tokens", "Tokens generated for a choice.", LENGTHS
+        )
+        self.loop_lag = self._histogram("axicon:event_loop_lag_seconds", "How late the event loop runs.", LAG)
+
+    def ended(self, delta: Delta, seconds: float) -> None:
+        """A choice ended with `delta`, so many seconds after its request."""
+        self.whole.observe(seconds)
+        self.prompt_length.observe(delta.prompt_tokens)
+        self.answer_length.observe(delta.completion_tokens)
+
+    def render(self) -> bytes:
+        """The text format."""
+        return generate_latest(self.registry)
+
+    def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
+        return Histogram(name, text, ["model_name"], registry=self.registry, buckets=buckets).labels(
+            self._model
+        )
