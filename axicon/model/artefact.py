@@ -1,8 +1,8 @@
 """Writes model directories so that a reader sees a whole one or none.
 
-`atomic_directory` is the only writer of artefacts: a temporary directory beside the target, every file and the
-directory synced to disk, one rename. A process killed at any point leaves at most a hidden temporary directory, which
-the next writer of the same target removes.
+`atomic_directory` is the only writer of artefacts: a temporary directory beside the target, every file and
+the directory synced to disk, one rename. A process killed at any point leaves at most a hidden temporary
+directory, which the next writer of the same target removes.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 def write_weights(
     folder: Path, sizes: Mapping[str, int], tensor: Callable[[str], Tensor], shard_bytes: int = SHARD_BYTES
 ) -> None:
-    """Write safetensors shards, and the index if there is more than one, holding one shard in memory at a time.
+    """Write safetensors shards, and an index if there are several, with one shard in memory at a time.
 
     `sizes` gives the bytes of each tensor by name; `tensor(name)` makes it, contiguous and of that size.
     """

@@ -34,9 +34,11 @@ def file_digest(path: Path) -> str:
     digest = sha256(real)
     try:
         # Read again: another process may have added its own meanwhile. One lost entry costs one more hash.
-        write_atomically(memory, json.dumps(_read(memory) | {key: [*stamp, digest]}, indent=0, sort_keys=True))
+        known = _read(memory) | {key: [*stamp, digest]}
+        write_atomically(memory, json.dumps(known, indent=0, sort_keys=True))
     except OSError as e:
-        raise AxiconError(f"cannot write {memory}: {e.strerror}; set AXICON_CACHE to a writable folder") from e
+        raise AxiconError(
+            f"cannot write {memory}: {e.strerror}; set AXICON_CACHE to a writable folder") from e
     return digest
 
 

@@ -49,7 +49,8 @@ class Reader:
             method = config["quantization_config"]
             method = method.get("quant_method", "unknown") if isinstance(method, Mapping) else method
             raise AxiconError(
-                f"config.json: the weights were quantised by another tool ({method}); axicon reads dense ones. "
+                f"config.json: the weights were quantised by another tool ({method}); axicon reads dense "
+                "ones. "
                 "Take the model it was made from")
 
     def _get(self, key: str, default: Any) -> Any:
@@ -167,4 +168,5 @@ class Reader:
         if unknown:
             raise AxiconError(
                 f"config.json: {', '.join(sorted(unknown))} is not understood for "
-                f"{self.config['model_type']} and could change the model. If it is only a note, remove it from config.json")
+                f"{self.config['model_type']} and could change the model. If it is only a note, remove "
+                "it from config.json")

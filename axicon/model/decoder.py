@@ -211,11 +211,9 @@ class Decoder(nn.Module):
             return None
         device, dtype = positions_N.device, self.dtype
         if self._rotary is None or self._rotary.device != device or self._rotary.dtype != dtype:
-            # Outside inference mode, or training after serving could not save the table for its backward
-            # pass. Angles in float32, then the dtype of the stream, as transformers does.
-            with torch.inference_mode(False):
-                width, positions = self.shape.blocks[0].head_width, self.shape.max_positions
-                self._rotary = rotary_table(self.shape.rope, width, positions).to(device, dtype)
+            # Angles in float32, then the dtype of the stream, as transformers does.
+            width, positions = self.shape.blocks[0].head_width, self.shape.max_positions
+            self._rotary = rotary_table(self.shape.rope, width, positions).to(device, dtype)
         cos_sin = self._rotary[positions_N]
         return cos_sin[:, 0], cos_sin[:, 1]
 

@@ -1,7 +1,8 @@
 """A bounded reader of GGUF files (github.com/ggml-org/ggml, docs/gguf.md, versions 2 and 3).
 
-Every count, length and offset is compared with the bytes that are really there before it is used, so a broken or
-hostile file is refused quickly and without large allocations. Dequantising is left to the `gguf` package.
+Every count, length and offset is compared with the bytes that are really there before it is used, so a
+broken or hostile file is refused quickly and without large allocations. Dequantising is left to the `gguf`
+package.
 """
 
 from __future__ import annotations
@@ -62,10 +63,12 @@ class GGUFFile:
             self._refuse("it does not begin with GGUF")
         version = self._scalar("I")
         if version not in (2, 3):
-            self._refuse(f"version {version if version < 1 << 16 else 'of a big-endian file'}, known are 2 and 3")
+            self._refuse(
+                f"version {version if version < 1 << 16 else 'of a big-endian file'}, known are 2 and 3")
         tensors, fields = self._scalar("Q"), self._scalar("Q")
         if tensors > MOST_TENSORS or fields > MOST_FIELDS:
-            self._refuse(f"it claims {tensors} tensors and {fields} fields, at most {MOST_TENSORS} and {MOST_FIELDS}")
+            self._refuse(
+                f"it claims {tensors} tensors and {fields} fields, at most {MOST_TENSORS} and {MOST_FIELDS}")
         self.fields: dict[str, Any] = {}
         for _ in range(fields):
             name = self._text(MOST_NAME)
@@ -81,19 +84,20 @@ class GGUFFile:
 
         t = self.tensors[name]
         kind = GGMLQuantizationType(t.kind)
+        data = np.frombuffer(self._map, np.uint8, offset=t.offset, count=t.size)
         plain = {GGMLQuantizationType.F32: np.float32, GGMLQuantizationType.F16: np.float16,
                  GGMLQuantizationType.F64: np.float64}
         if kind in plain:
-            raw = np.frombuffer(self._map, plain[kind], offset=t.offset, count=t.size // np.dtype(plain[kind]).itemsize)
-            return raw.reshape(t.shape).astype(np.float32)
-        data = np.frombuffer(self._map, np.uint8, offset=t.offset, count=t.size).reshape(*t.shape[:-1], -1)
+            return data.view(plain[kind]).reshape(t.shape).astype(np.float32)
         try:
-            return np.asarray(dequantize(data, kind), np.float32).reshape(t.shape)
+            return np.asarray(dequantize(data.reshape(*t.shape[:-1], -1), kind), np.float32).reshape(t.shape)
         except NotImplementedError:
-            self._refuse(f"tensor {name!r} is stored as {kind.name}, which the gguf package cannot dequantise")
+            self._refuse(
+                f"tensor {name!r} is stored as {kind.name}, which the gguf package cannot dequantise")
 
     def _refuse(self, why: str) -> NoReturn:
-        raise AxiconError(f"{self.path}: not a GGUF file that can be read: {why}. Fetch it again or take another")
+        raise AxiconError(
+            f"{self.path}: not a GGUF file that can be read: {why}. Fetch it again or take another")
 
     def _take(self, size: int) -> bytes:
         if size > self._size - self._at:
@@ -159,7 +163,10 @@ class GGUFFile:
         if not isinstance(alignment, int) or not 8 <= alignment <= 1 << 16 or alignment & (alignment - 1):
             self._refuse(f"alignment is {alignment!r}")
         start = -(-self._at // alignment) * alignment
-        tensors = {n: GGUFTensor(shape, kind, start + o, size) for n, (shape, kind, o, size) in described.items()}
+        tensors = {
+            name: GGUFTensor(shape, kind, start + offset, size)
+            for name, (shape, kind, offset, size) in described.items()
+        }
         self._check_places(tensors, alignment)
         return tensors
 
@@ -167,6 +174,7 @@ class GGUFFile:
         end = 0
         for name, t in sorted(tensors.items(), key=lambda item: item[1].offset):
             if t.offset % alignment or t.offset < end or t.offset + t.size > self._size:
-                self._refuse(f"tensor {name!r} at bytes {t.offset}..{t.offset + t.size} overlaps, is not aligned, or "
-                             f"lies outside the {self._size} bytes there are")
+                self._refuse(
+                    f"tensor {name!r} at bytes {t.offset}..{t.offset + t.size} overlaps another, is not "
+                    f"aligned, or lies outside the {self._size} bytes there are")
             end = t.offset + t.size

@@ -1,8 +1,8 @@
 """The tokenizer inside a GGUF file, written as `tokenizer.json` and `tokenizer_config.json`.
 
-GGUF names the splitting of text into words only by a label (`tokenizer.ggml.pre`); the splittings below are those of
-the models' own tokenizer.json files. A label that is not known is refused, because a wrong splitting gives wrong
-tokens silently.
+GGUF names the splitting of text into words only by a label (`tokenizer.ggml.pre`); the splittings below are
+those of the models' own tokenizer.json files. A label that is not known is refused, because a wrong
+splitting gives wrong tokens silently.
 """
 
 from __future__ import annotations
@@ -54,7 +54,8 @@ def write_tokenizer(file: GGUFFile, folder: Path, *, positions: int) -> None:
         if token is None:
             continue
         if not isinstance(token, int) or not 0 <= token < len(tokens):
-            raise AxiconError(f"{file.path}: tokenizer.ggml.{field}_token_id is {token!r} of {len(tokens)} tokens")
+            raise AxiconError(
+                f"{file.path}: tokenizer.ggml.{field}_token_id is {token!r} of {len(tokens)} tokens")
         config[f"{role}_token"] = tokens[token]
     template = fields.get("tokenizer.chat_template")
     if isinstance(template, str):
@@ -89,8 +90,11 @@ def _byte_level(file: GGUFFile) -> Tokenizer:
     steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=regex is None))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([_added(t) for t, k in zip(tokens, kinds, strict=True) if k == _CONTROL])
-    tokenizer.add_tokens([AddedToken(t, normalized=False) for t, k in zip(tokens, kinds, strict=True) if k == _USER])
+    for token, kind in zip(tokens, kinds, strict=True):
+        if kind == _CONTROL:
+            tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False)])
+        elif kind == _USER:
+            tokenizer.add_tokens([AddedToken(token, normalized=False)])
     first = fields.get("tokenizer.ggml.bos_token_id")
     if fields.get("tokenizer.ggml.add_bos_token") and isinstance(first, int) and first < len(tokens):
         tokenizer.post_processor = processors.TemplateProcessing(
@@ -99,18 +103,13 @@ def _byte_level(file: GGUFFile) -> Tokenizer:
     return tokenizer
 
 
-def _added(token: str) -> Any:
-    from tokenizers import AddedToken
-
-    return AddedToken(token, special=True, normalized=False)
-
-
 def _sentencepiece(file: GGUFFile) -> Tokenizer:
     """LLaMA's own kind, through transformers' reader of it."""
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(file.path.parent, gguf_file=file.path.name, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(
+            file.path.parent, gguf_file=file.path.name, local_files_only=True)
     except Exception as e:  # the library raises many kinds
         raise AxiconError(f"{file.path}: the tokenizer cannot be read ({type(e).__name__}: {e})") from e
     found: Tokenizer = tokenizer.backend_tokenizer

@@ -1,4 +1,4 @@
-"""Models from the Hugging Face hub, through its own library and cache: resume, offline mode, pinned revisions."""
+"""Models from the Hugging Face hub, through its own library and cache."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ def is_hub_id(name: str) -> bool:
 
 
 def fetch(name: str, *, offline: bool | None = None, revision: str | None = None) -> Path:
-    """The snapshot directory of a repository. Its name is the commit, so a revision stays pinned once fetched.
+    """The snapshot directory of a repository, named by the commit: a revision stays pinned once fetched.
 
-    The config comes first, so that a model of an unknown architecture is refused before gigabytes are fetched.
+    The config comes first: an unknown architecture is refused before gigabytes are fetched.
     """
     repository, _, written = name.partition("@")
     revision = revision or written or None
@@ -49,7 +49,8 @@ def fetch(name: str, *, offline: bool | None = None, revision: str | None = None
     if not any(folder.glob("*.safetensors")):
         where = "the hub's cache" if offline else "the repository"
         raise AxiconError(
-            f"{name}: no safetensors in {where}; other weight formats can run code when they are opened and are "
+            f"{name}: no safetensors in {where}; other weight formats can run code when they are opened "
+            "and are "
             f"never fetched; {safety.WAY_OUT}")
     safety.check_folder(folder)
     return folder
@@ -72,7 +73,8 @@ def _snapshot(repository: str, revision: str | None, offline: bool, patterns: li
     except errors.LocalEntryNotFoundError as e:
         why = "offline mode is on" if offline else "the hub cannot be reached"
         raise AxiconError(
-            f"{shown}: not in the hub's cache and {why}; fetch it once while online, give a directory, or use `demo`"
+            f"{shown}: not in the hub's cache and {why}; fetch it once while online, give a directory, "
+            "or use `demo`"
         ) from e
     except errors.GatedRepoError as e:
         raise AxiconError(f"{shown}: gated; accept its terms on the hub and set HF_TOKEN") from e

@@ -1,25 +1,29 @@
-"""Other people's formats in: GGUF becomes a directory of bfloat16 safetensors, config and tokenizer, made once.
+"""Other people's formats in: GGUF becomes a directory of bfloat16 safetensors, config and tokenizer.
 
-The result lies in the cache under the digest of the source, so a changed file or a changed converter makes a new one.
+The result is made once and lies in the cache under the digest of the source, so a changed file or a changed
+converter makes a new one.
 """
 
 from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from axicon.errors import AxiconError
 from axicon.model.artefact import atomic_directory, exclusive, write_json, write_manifest, write_weights
 from axicon.model.cachedir import cache_dir, file_digest
+from axicon.model.decoder import inverse_frequencies
 from axicon.model.gguf_file import GGUFFile
 from axicon.model.gguf_tokenizer import write_tokenizer
-from axicon.model.shape import ModelShape
+from axicon.model.shape import ModelShape, Rope
 from axicon.model.weights import whole_map
 
 DEMO_NAME = "SmolLM2-135M-Instruct"
@@ -41,7 +45,10 @@ ARCHITECTURES = ("llama", "qwen2", "qwen3")
 
 
 def demo() -> Path:
-    """The embedded model's directory. Its package is found without running it: importing it would import `llm`."""
+    """The embedded model's directory.
+
+    Its package is found without running it: importing it would import another program.
+    """
     spec = importlib.util.find_spec(DEMO_PACKAGE)
     folders = [Path(p) for p in (spec.submodule_search_locations or [])] if spec is not None else []
     files = [file for folder in folders for file in sorted(folder.glob("*.gguf"))]
@@ -55,7 +62,8 @@ def demo() -> Path:
 def convert_gguf(path: Path, *, name: str | None = None) -> Path:
     """The directory made from a GGUF file, converting it now if that was not done before.
 
-    Safe in several processes at once: one converts, the others wait. Raises AxiconError, leaving nothing behind.
+    Safe in several processes at once: one converts, the others wait. Raises AxiconError, leaving nothing
+    behind.
     """
     source = file_digest(path)
     name = name or path.stem
@@ -75,7 +83,7 @@ def _convert(file: GGUFFile, source: str, target: Path) -> None:
     wrong = sorted(expected.keys() ^ names.keys())
     if wrong:
         raise AxiconError(f"{file.path}: tensors missing or of another architecture: {', '.join(wrong[:3])}")
-    sizes = {name: 2 * _elements(file.tensors[n].shape) for name, n in names.items()}
+    sizes = {name: 2 * math.prod(file.tensors[n].shape) for name, n in names.items()}
     with atomic_directory(target) as folder:
         write_weights(folder, sizes, _reader(file, names, config))
         write_json(folder / "config.json", config)
@@ -100,13 +108,6 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _elements(shape: tuple[int, ...]) -> int:
-    count = 1
-    for n in shape:
-        count *= n
-    return count
-
-
 def _name(file: GGUFFile, name: str) -> str:
     """Checkpoint name of a GGUF tensor."""
     parts = name.split(".")
@@ -114,7 +115,8 @@ def _name(file: GGUFFile, name: str) -> str:
         return f"model.layers.{int(parts[1])}.{_BLOCK_TENSORS[parts[2]]}.{parts[3]}"
     if len(parts) == 2 and parts[0] in _MODEL_TENSORS:
         return f"{_MODEL_TENSORS[parts[0]]}.{parts[1]}"
-    raise AxiconError(f"{file.path}: tensor {name!r} is not one of a {file.fields['general.architecture']} decoder")
+    raise AxiconError(
+        f"{file.path}: tensor {name!r} is not one of a {file.fields['general.architecture']} decoder")
 
 
 def _reader(file: GGUFFile, names: dict[str, str], config: dict[str, Any]) -> Callable[[str], Tensor]:
@@ -133,13 +135,15 @@ def _reader(file: GGUFFile, names: dict[str, str], config: dict[str, Any]) -> Ca
 
 
 def halves_together(rows_OI: Tensor, heads: int) -> Tensor:
-    """Undo llama.cpp's row order: it keeps the two channels of a rotary pair side by side, transformers half a head
-    apart (`permute` in llama.cpp's convert_hf_to_gguf.py)."""
+    """Undo llama.cpp's order of query and key rows (`permute` in its convert_hf_to_gguf.py).
+
+    It keeps the two channels of a rotary pair side by side, transformers half a head apart.
+    """
     return rows_OI.unflatten(0, (heads, -1, 2)).transpose(1, 2).reshape(rows_OI.shape)
 
 
 def config_of(file: GGUFFile) -> dict[str, Any]:
-    """`config.json` from the metadata. Raises AxiconError for an architecture or switch that is not built in."""
+    """`config.json` from the metadata. Raises AxiconError for what is not built in."""
     fields = file.fields
     architecture = fields.get("general.architecture")
     if architecture not in ARCHITECTURES:
@@ -160,13 +164,13 @@ def config_of(file: GGUFFile) -> dict[str, Any]:
     head_width = field("attention.key_length", int, width // max(heads, 1))
     rotated = field("rope.dimension_count", int, head_width)
     if rotated != head_width or field("attention.value_length", int, head_width) != head_width:
-        raise AxiconError(f"{file.path}: heads of {head_width} channels of which {rotated} rotate are not built in")
+        raise AxiconError(
+            f"{file.path}: heads of {head_width} channels of which {rotated} rotate are not built in")
     tokens = fields.get("tokenizer.ggml.tokens")
     if not isinstance(tokens, list):
         raise AxiconError(f"{file.path}: no tokenizer in it (tokenizer.ggml.tokens)")
     config = {
-        "architectures": [
-            {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}[architecture]],
+        "architectures": [f"{str(architecture).capitalize()}ForCausalLM"],
         "model_type": architecture,
         "vocab_size": field("vocab_size", int, len(tokens)),
         "hidden_size": width,
@@ -192,14 +196,11 @@ def config_of(file: GGUFFile) -> dict[str, Any]:
 
 def _shortest(value: float) -> float:
     """The shortest decimal that is the same float32: 9.999999747378752e-06 was written as 1e-05."""
-    import numpy as np
-
     return float(str(np.float32(value)))
 
 
 def _rope_scaling(file: GGUFFile, architecture: str, config: dict[str, Any]) -> dict[str, Any] | None:
-    """Linear scaling from its fields; llama3 scaling, which GGUF keeps only as factors per frequency, from a match
-    with the two settings that were published (Llama 3.1: 8, Llama 3.2: 32)."""
+    """Linear scaling from its fields; llama3 scaling from its factors per frequency."""
     kind = file.fields.get(f"{architecture}.rope.scaling.type", "none")
     if _ROPE_FACTORS in file.tensors:
         return _llama3_scaling(file, config)
@@ -207,13 +208,13 @@ def _rope_scaling(file: GGUFFile, architecture: str, config: dict[str, Any]) -> 
         return None
     if kind != "linear":
         raise AxiconError(f"{file.path}: rope scaling {kind!r} is not built in; known are linear and llama3")
-    return {"rope_type": "linear", "factor": float(file.fields.get(f"{architecture}.rope.scaling.factor", 0.0))}
+    factor = file.fields.get(f"{architecture}.rope.scaling.factor")
+    return {"rope_type": "linear", "factor": factor}
 
 
 def _llama3_scaling(file: GGUFFile, config: dict[str, Any]) -> dict[str, Any]:
-    from axicon.model.decoder import inverse_frequencies
-    from axicon.model.shape import Rope
-
+    """GGUF keeps only the result of llama3 scaling, so it is compared with the settings that were published
+    (Llama 3.1: factor 8, Llama 3.2: 32)."""
     stored = torch.from_numpy(file.array(_ROPE_FACTORS)).flatten()
     plain = inverse_frequencies(Rope(theta=config["rope_theta"]), config["head_dim"])
     for factor in (8.0, 32.0):

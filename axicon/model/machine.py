@@ -9,7 +9,7 @@ _CGROUP = Path("/sys/fs/cgroup")
 
 
 def available_memory() -> int | None:
-    """Bytes the kernel could give without swapping, within the container's limit; None where it cannot be known."""
+    """Bytes to be had without swapping, within the container's limit; None where it cannot be known."""
     limits = [n for n in (_free(), _free_in_cgroup()) if n is not None]
     return min(limits, default=None)
 

@@ -1,8 +1,8 @@
 """The gate every model directory passes before a byte of it is used.
 
-A model folder is data from strangers. axicon reads safetensors and JSON and nothing that can run: no pickles, no
-Python files, no libraries, no remote code. What is only lying beside the weights and is never opened (a `.bin` next
-to safetensors, a picture) is left alone.
+A model folder is data from strangers. axicon reads safetensors and JSON and nothing that can run: no
+pickles, no Python files, no libraries, no remote code. What is only lying beside the weights and is never
+opened (a `.bin` next to safetensors, a picture) is left alone.
 """
 
 from __future__ import annotations
@@ -16,11 +16,13 @@ from typing import Any
 
 from axicon.errors import AxiconError
 
-PICKLES = frozenset(
-    ".bin .pt .pth .ckpt .pkl .pickle .joblib .npy .npz .pt2 .nemo .mar .h5 .msgpack .onnx .tflite .pb".split())
+PICKLES = frozenset({
+    ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib", ".npy", ".npz", ".pt2", ".nemo", ".mar",
+    ".h5", ".keras", ".msgpack", ".onnx", ".tflite", ".pb",
+})
 """Weight formats that are pickles, may hold pickles or code, or have no reader here. Never opened."""
 
-CODE = frozenset(".py .pyc .pyd .so .dll .dylib .ipynb .sh .exe .jar".split())
+CODE = frozenset({".py", ".pyc", ".pyd", ".so", ".dll", ".dylib", ".ipynb", ".sh", ".exe", ".jar"})
 
 CODE_KEYS = frozenset({"auto_map", "custom_code", "custom_pipelines", "trust_remote_code"})
 """Config keys that ask for Python code of the model's author."""
@@ -40,13 +42,15 @@ def check_folder(folder: Path) -> None:
     Raises AxiconError naming the file and the way out. Reads `config.json` and `tokenizer_config.json` only.
     """
     if not (folder / "config.json").is_file():
-        raise AxiconError(f"{folder}: no config.json in it; a model directory holds config.json and safetensors")
+        raise AxiconError(
+            f"{folder}: no config.json in it; a model directory holds config.json and safetensors")
     root = _link_root(folder)
     names = []
     for path in _files(folder):
         name = str(path.relative_to(folder))
         if path.is_symlink() and not _inside(path, root):
-            raise AxiconError(f"{path}: a link that leads out of the model folder; copy the file into the folder")
+            raise AxiconError(
+                f"{path}: a link that leads out of the model folder; copy the file into the folder")
         if path.suffix.lower() in CODE:
             raise AxiconError(
                 f"{path}: a model folder must not hold code, and axicon never runs a model's own code; "
@@ -65,7 +69,8 @@ def check_names(where: str, names: list[str]) -> None:
     pickles = sorted(name for name in names if Path(name).suffix.lower() in PICKLES)
     if pickles:
         raise AxiconError(
-            f"{where}: its weights ({pickles[0]}) are only in a format that can run code when it is opened; {WAY_OUT}")
+            f"{where}: its weights ({pickles[0]}) are only in a format that can run code when it is "
+            f"opened; {WAY_OUT}")
     raise AxiconError(f"{where}: no .safetensors files in it; {WAY_OUT}")
 
 
@@ -74,7 +79,8 @@ def check_no_remote_code(path: Path, config: Mapping[str, Any]) -> None:
         if config[key]:
             raise AxiconError(
                 f"{path}: {key!r} asks to run Python code that comes with the model, and axicon never does; "
-                "choose a model that transformers itself knows, or remove the key if the model needs no own code")
+                "choose a model that transformers itself knows, or remove the key if the model needs no "
+                "own code")
 
 
 def refuse_file(path: Path) -> AxiconError:
@@ -84,7 +90,8 @@ def refuse_file(path: Path) -> AxiconError:
         return AxiconError(f"{path}: {suffix} files can run code when they are opened; {WAY_OUT}")
     if suffix == ".safetensors":
         return AxiconError(f"{path}: give the directory that holds it, with config.json and the tokenizer")
-    return AxiconError(f"{path}: not a model; give a directory with safetensors and config.json, or a .gguf file")
+    return AxiconError(
+        f"{path}: not a model; give a directory with safetensors and config.json, or a .gguf file")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -108,13 +115,14 @@ def read_json(path: Path) -> dict[str, Any]:
 def check_chat_template(template: str, where: str) -> None:
     """Refuse a Jinja template that reaches for Python internals or for other files.
 
-    transformers renders templates in Jinja's immutable sandbox; this static check is the line before it. Raises
-    AxiconError.
+    transformers renders templates in Jinja's immutable sandbox; this static check is the line before it.
+    Raises AxiconError.
     """
     from jinja2 import Environment, TemplateError, nodes
 
     if len(template) > TEMPLATE_LIMIT:
-        raise AxiconError(f"{where}: the chat template has {len(template)} characters, more than {TEMPLATE_LIMIT}")
+        raise AxiconError(
+            f"{where}: the chat template has {len(template)} characters, more than {TEMPLATE_LIMIT}")
     try:
         # The extensions that transformers renders with.
         tree = Environment(extensions=["jinja2.ext.loopcontrols"]).parse(_without_generation_tags(template))
@@ -142,7 +150,7 @@ def _without_generation_tags(template: str) -> str:
 
 
 def _files(folder: Path) -> Iterator[Path]:
-    """All files, links not followed into directories. Hidden folders (.git, .cache) hold nothing that is read."""
+    """All files. Linked directories count as files; hidden ones (.git, .cache) hold nothing that is read."""
     for place, folders, files in os.walk(folder, followlinks=False):
         folders[:] = [name for name in folders if not name.startswith(".")]
         for name in folders:
@@ -153,7 +161,7 @@ def _files(folder: Path) -> Iterator[Path]:
 
 
 def _link_root(folder: Path) -> Path:
-    """How far links may lead: the folder, or the hub's cache of this one repository, which links to its blobs."""
+    """How far links may lead: the folder, or the hub's cache of this one repository, with its blobs."""
     real = folder.resolve()
     repository = real.parent.parent
     if real.parent.name == "snapshots" and repository.name.startswith("models--"):

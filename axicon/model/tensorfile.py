@@ -1,8 +1,9 @@
 """Reads one safetensors file: checks the whole header before anything is mapped, then hands out views.
 
 The format is 8 bytes of header length N (little-endian), N bytes of JSON, then the tensors without holes
-(github.com/huggingface/safetensors, "Format"). Headers come from strangers, so every rule of the format is checked
-here, each with its own message. A hole or a trailing byte is refused too: a second file format can hide there.
+(github.com/huggingface/safetensors, "Format"). Headers come from strangers, so every rule of the format is
+checked here, each with its own message. A hole or a trailing byte is refused too: a second file format can
+hide there.
 """
 
 from __future__ import annotations
@@ -39,7 +40,8 @@ class Entry:
 
 
 class TensorFile:
-    """One open file. Views keep the mapping alive; the file may be unlinked but must not be changed meanwhile."""
+    """One open file. Views keep the mapping alive; the file may be unlinked but must not be changed
+    meanwhile."""
 
     def __init__(self, path: Path) -> None:
         """Raises AxiconError if the file is missing or breaks a rule of the format."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 from axicon.model.decoder import Decoder
@@ -39,7 +40,8 @@ BLOCK_NAMES = {
     },
     "opt": {
         "attention_norm": "self_attn_layer_norm", "mlp_norm": "final_layer_norm",
-        "q": "self_attn.q_proj", "k": "self_attn.k_proj", "v": "self_attn.v_proj", "out": "self_attn.out_proj",
+        "q": "self_attn.q_proj", "k": "self_attn.k_proj", "v": "self_attn.v_proj",
+        "out": "self_attn.out_proj",
         "up": "fc1", "down": "fc2",
     },
 }
@@ -71,15 +73,14 @@ def weight_map(decoder: Decoder) -> dict[str, Place]:
 
 def whole_map(shape: ModelShape) -> dict[str, Place]:
     """The weight map of the whole model, without memory for it."""
-    import torch
-
     with torch.device("meta"):
         return weight_map(Decoder(shape))
 
 
 def ignorable(name: str, shape: ModelShape) -> bool:
     """Names that old checkpoints carry and that hold nothing the model needs."""
-    return name.endswith(("rotary_emb.inv_freq", "attn.masked_bias")) or (shape.tie_head and name == "lm_head.weight")
+    tied = shape.tie_head and name == "lm_head.weight"
+    return tied or name.endswith("rotary_emb.inv_freq")
 
 
 def set_parameter(decoder: nn.Module, path: str, value: nn.Parameter) -> None:
