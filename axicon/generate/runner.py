@@ -47,6 +47,7 @@ class LocalRunner:
         self._capacity = Capacity(
             slots=self.cache.slots, max_rows=max_rows, max_positions=decoder.shape.max_positions,
             prefill_chunk=prefill_chunk, bytes_per_slot=self.cache.bytes_per_slot,
+            vocab=decoder.shape.vocab,
         )  # fmt: skip
         self.path = choose_path(decoder, max_rows, prefill_chunk)
         self._fingerprint = self._make_fingerprint()

@@ -1,0 +1,294 @@
+"""The engine: requests in, deltas out, one step of the model at a time.
+
+A step is: take out what was cancelled or is too late, schedule, compute, sample, commit, turn into text. The engine
+belongs to one thread. After the forward pass every request is handled by itself, so one that fails ends alone.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from axicon.generate.answer import Answer
+from axicon.generate.detokenize import Tokenizer
+from axicon.generate.request import (
+    Delta,
+    EngineStats,
+    FinishReason,
+    Limits,
+    Overloaded,
+    Request,
+    RequestError,
+    TokenLogprob,
+)
+from axicon.generate.sampling import SAMPLERS
+from axicon.generate.sampling.sample import Row, logprobs, sample
+from axicon.generate.scheduler import Scheduler, Stream, Work
+from axicon.generate.validate import check_request
+from axicon.protocols import Runner, Sampler, StepInput
+
+log = logging.getLogger("axicon")
+
+FAILURES_BORNE = 8
+"""Failed steps in a row after which the engine gives up, so that whoever watches it can start another."""
+
+
+class Engine:
+    """Continuous batching over a `Runner`.
+
+    eos_ids end a request unless it asks to ignore them. `sampler` draws the tokens of requests with a temperature.
+    """
+
+    def __init__(
+        self, runner: Runner, tokenizer: Tokenizer, *, eos_ids: Sequence[int], limits: Limits | None = None,
+        sampler: Sampler | None = None,
+    ) -> None:
+        self.runner = runner
+        self.tokenizer = tokenizer
+        self.eos_ids = tuple(eos_ids)
+        self.limits = limits or Limits()
+        self._sampler = sampler or SAMPLERS["gumbel"]()
+        self._scheduler = Scheduler(runner.capacity, runner.slots_reserved)
+        self._answers: dict[Stream, Answer] = {}
+        self._streams: dict[tuple[str, int], Stream] = {}
+        self._cancelled: set[str] = set()
+        self._staged: list[Work] = []
+        """What the last step computed: its nodes lie in the cache and are not committed."""
+        self._failures = 0
+        self._steps = self._prompt_tokens = self._generated = self._step_tokens = 0
+        self._step_seconds = 0.0
+        self._finished: Counter[FinishReason] = Counter()
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._streams or self._scheduler.releases)
+
+    def check(self, request: Request) -> None:
+        """Raises RequestError for a request that cannot be served as asked. Any thread may call it."""
+        check_request(request, self.runner, self.limits)
+
+    def add(self, request: Request) -> None:
+        """Queue a request. Raises RequestError for what cannot be served, Overloaded when the queue is full."""
+        self.check(request)
+        key = (request.id, request.choice)
+        if key in self._streams:
+            raise RequestError(f"request {request.id!r}, choice {request.choice}, is already running", "id")
+        if len(self._scheduler.waiting) >= self.limits.max_queue:
+            raise Overloaded(f"{self.limits.max_queue} requests are waiting, try again later")
+        stream = Stream(request)
+        self._answers[stream] = Answer(request, self.tokenizer, self.runner.capacity.vocab, self.eos_ids)
+        self._streams[key] = stream
+        self._scheduler.add(stream)
+
+    def cancel(self, request_id: str) -> None:
+        """End all choices of a request with the next step; its cache is given back in that step."""
+        self._cancelled.add(request_id)
+
+    def step(self) -> list[Delta]:
+        """Compute one step and return what it added to every request it touched."""
+        deltas = self._sweep()
+        work = self._scheduler.schedule()
+        if not work and not self._scheduler.releases:
+            return deltas
+        started = time.perf_counter()
+        step = self._build(work)
+        try:
+            logits_WV = self.runner.forward(step).logits_WV
+        except Exception as error:
+            return deltas + self._give_up(work, error)
+        self._failures = 0
+        self._staged = work
+        if work:
+            deltas += self._advance(work, logits_WV)
+            self._count(work, time.perf_counter() - started)
+        return deltas
+
+    def stats(self) -> EngineStats:
+        scheduler, capacity = self._scheduler, self.runner.capacity
+        return EngineStats(
+            running=len(scheduler.running), waiting=len(scheduler.waiting),
+            slots_reserved=capacity.slots - scheduler.slots_free, slots=capacity.slots,
+            steps_total=self._steps, prompt_tokens_total=self._prompt_tokens,
+            generated_tokens_total=self._generated, finished_total=dict(self._finished),
+            step_seconds=self._step_seconds, step_tokens=self._step_tokens,
+        )  # fmt: skip
+
+    def _sweep(self) -> list[Delta]:
+        """End what was cancelled or is too late."""
+        now = time.monotonic()
+        deltas = []
+        for stream in list(self._streams.values()):
+            deadline = stream.request.deadline
+            if stream.request.id in self._cancelled:
+                deltas.append(self._close(stream, "cancelled"))
+            elif deadline is not None and now > deadline:
+                deltas.append(self._close(stream, "deadline"))
+        self._cancelled.clear()
+        return deltas
+
+    def _build(self, work: Sequence[Work]) -> StepInput:
+        """The step's nodes, and what became of the nodes of the step before."""
+        nodes: list[tuple[int, int, int, int, bool, bool]] = []
+        for one in work:
+            tokens, wanted = one.stream.tokens, _wanted(one)
+            forced = one.start < len(one.stream.request.prompt)
+            for position in range(one.start, one.stop):
+                parent = -1 if position == one.start else len(nodes) - 1
+                wants = position >= wanted.start
+                nodes.append((tokens[position], position, one.stream.row, parent, wants, forced))
+        table_N6 = torch.tensor(nodes, dtype=torch.int64).view(len(nodes), 6)
+        tokens_N, positions_N, rows_N, parents_N, wanted_N, forced_N = table_N6.T.contiguous().unbind(0)
+        scheduler = self._scheduler
+        step = StepInput(
+            tokens_N, positions_N, rows_N, parents_N, wanted_N.bool(), torch.zeros_like(tokens_N), forced_N.bool(),
+            commits=self._commits(), releases=tuple(scheduler.releases), reserves=tuple(scheduler.reserves),
+        )  # fmt: skip
+        scheduler.releases, scheduler.reserves = [], []
+        return step
+
+    def _commits(self) -> tuple[int, ...]:
+        """Nodes of the last step that stay: without drafts, all of every stream that goes on."""
+        commits: list[int] = []
+        first = 0
+        for one in self._staged:
+            size = one.stop - one.start
+            if one.stream.row >= 0:
+                commits += range(first, first + size)
+            first += size
+        return tuple(commits)
+
+    def _advance(self, work: Sequence[Work], logits_WV: Tensor) -> list[Delta]:
+        """Everything behind the forward pass, for each stream by itself."""
+        deltas: list[Delta] = []
+        drawing: list[tuple[Stream, int]] = []
+        row = 0
+        for one in work:
+            stream, wanted = one.stream, _wanted(one)
+            stream.computed = one.stop
+            logits_TV = logits_WV[row : row + len(wanted)]
+            row += len(wanted)
+            try:
+                self._read_prompt(stream, wanted, logits_TV)
+            except Exception:
+                deltas.append(self._defect(stream))
+                continue
+            if stream.computed == len(stream.tokens):
+                if stream.request.params.max_tokens:
+                    drawing.append((stream, row - 1))
+                else:
+                    deltas.append(self._close(stream, "length"))
+        return deltas + self._draw(drawing, logits_WV)
+
+    def _read_prompt(self, stream: Stream, wanted: range, logits_TV: Tensor) -> None:
+        params, prompt = stream.request.params, stream.request.prompt
+        following = prompt[wanted.start + 1 : wanted.stop + 1]
+        if params.prompt_logprobs is None or not following:
+            return
+        found = logprobs(logits_TV[: len(following)], following, params.prompt_logprobs)
+        self._answers[stream].add_prompt_logprobs(found)
+
+    def _draw(self, drawing: Sequence[tuple[Stream, int]], logits_WV: Tensor) -> list[Delta]:
+        """One more token for each of these streams, whose logits are at the given rows."""
+        if not drawing:
+            return []
+        index = [row for _, row in drawing]
+        logits_RV = logits_WV if index == list(range(len(logits_WV))) else logits_WV[index]
+        rows = [self._answers[stream].sampling(len(stream.tokens)) for stream, _ in drawing]
+        tokens = self._sample(logits_RV, rows)
+        reported = self._logprobs(logits_RV, rows, tokens)
+        deltas = []
+        for (stream, _), token, logprob in zip(drawing, tokens, reported, strict=True):
+            if token is None:
+                deltas.append(self._close(stream, "error", "the model's probabilities for this request are not numbers"))
+                continue
+            try:
+                delta = self._answers[stream].accept(token, logprob)
+            except Exception:
+                deltas.append(self._defect(stream))
+                continue
+            stream.tokens.append(token)
+            self._generated += 1
+            deltas.append(delta)
+            if delta.finish_reason is not None:
+                self._forget(stream, delta.finish_reason)
+        return deltas
+
+    def _sample(self, logits_RV: Tensor, rows: Sequence[Row]) -> list[int | None]:
+        """All rows at once; one by one if that fails, to find the row it fails for."""
+        try:
+            return sample(logits_RV, rows, self._sampler)
+        except Exception:
+            log.exception("sampling a batch of %d failed", len(rows))
+            if len(rows) == 1:
+                return [None]
+            return [self._sample(logits_RV[r : r + 1], [row])[0] for r, row in enumerate(rows)]
+
+    def _logprobs(
+        self, logits_RV: Tensor, rows: Sequence[Row], tokens: Sequence[int | None]
+    ) -> list[TokenLogprob | None]:
+        """What is reported of each drawn token, for the rows that ask for it."""
+        result: list[TokenLogprob | None] = [None] * len(rows)
+        asking = [r for r, row in enumerate(rows) if row.params.logprobs is not None and tokens[r] is not None]
+        if asking:
+            top = max(rows[r].params.logprobs or 0 for r in asking)
+            found = logprobs(logits_RV[asking], [tokens[r] or 0 for r in asking], top)
+            for r, entry in zip(asking, found, strict=True):
+                result[r] = replace(entry, top=entry.top[: rows[r].params.logprobs or 0])
+        return result
+
+    def _close(self, stream: Stream, reason: FinishReason, error: str | None = None) -> Delta:
+        """End a stream without another token."""
+        try:
+            delta = self._answers[stream].close(reason, error)
+        except Exception:
+            return self._defect(stream)
+        self._forget(stream, delta.finish_reason or reason)
+        return delta
+
+    def _defect(self, stream: Stream) -> Delta:
+        """End a stream that raised; the others do not notice."""
+        log.exception("request %s failed", stream.request.id)
+        request = stream.request
+        self._forget(stream, "error")
+        return Delta(
+            request_id=request.id, choice=request.choice, finish_reason="error", error="internal error",
+            prompt_tokens=len(request.prompt), completion_tokens=stream.generated,
+        )  # fmt: skip
+
+    def _give_up(self, work: Sequence[Work], error: Exception) -> list[Delta]:
+        """A forward pass failed: end every stream it touched, keep the others. Raises after too many in a row."""
+        log.exception("a step of %d streams failed", len(work))
+        self._failures += 1
+        if self._failures >= FAILURES_BORNE:
+            raise error
+        touched = {one.stream: None for one in (*work, *self._staged) if one.stream.row >= 0}
+        self._staged = []
+        return [self._close(stream, "error", "the model failed to compute this request") for stream in touched]
+
+    def _forget(self, stream: Stream, reason: FinishReason) -> None:
+        self._scheduler.remove(stream)
+        self._finished[reason] += 1
+        del self._answers[stream], self._streams[stream.request.id, stream.request.choice]
+
+    def _count(self, work: Sequence[Work], seconds: float) -> None:
+        self._steps += 1
+        self._step_seconds = seconds
+        self._step_tokens = sum(one.stop - one.start for one in work)
+        self._prompt_tokens += sum(
+            one.stop - one.start for one in work if one.start < len(one.stream.request.prompt)
+        )
+
+
+def _wanted(one: Work) -> range:
+    """Positions whose logits are wanted: the last one if a token is drawn there, all where a prompt is scored."""
+    params, prompt = one.stream.request.params, one.stream.request.prompt
+    if params.prompt_logprobs is not None and one.start < len(prompt):
+        return range(one.start, one.stop)
+    draws = one.stop == len(one.stream.tokens) and params.max_tokens > 0
+    return range(one.stop - draws, one.stop)
