@@ -8,3 +8,7 @@ anything else that escapes is a defect and keeps its traceback.
 
 class AxiconError(Exception):
     """What went wrong, where, and the way out, in one line."""
+
+
+class RunFailed(AxiconError):
+    """What was asked for was right, and something failed while it was done. Exit code 1 instead of 2."""

@@ -1,0 +1,247 @@
+"""cluster.yaml, and the one-machine cluster that it describes.
+
+`local_ray` starts Ray with everything it needs in a private folder, on loopback, with a token of its own, and
+ends every process it started, however the block is left. Two of them run beside each other without meeting.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import logging
+import os
+import secrets
+import shutil
+import socket
+import sys
+import sysconfig
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import psutil
+import yaml
+from pydantic import Field
+
+from axicon.errors import AxiconError
+from axicon.recipe import Recipe
+
+PR_SET_CHILD_SUBREAPER = 36
+FLOOR_MIB = 75
+"""Ray refuses an object store smaller than this."""
+LONGEST_BASE = 24
+"""Characters. Socket paths end at 107, and Ray needs 70 of them."""
+
+
+class LocalNode(Recipe):
+    """`metadata.local`: the whole cluster as one node of this machine."""
+
+    resources: dict[str, int] = Field({"CPU": 4})
+    """Counts that Ray hands out; they need not be real."""
+    object_store_mib: int = Field(96, ge=FLOOR_MIB)
+    env: dict[str, str] = Field({})
+    """What differs from `metadata.env`."""
+
+
+class Metadata(Recipe):
+    """`metadata`: the part of cluster.yaml that is ours."""
+
+    version: int = Field(ge=1, le=1)
+    storage_path: str
+    env: dict[str, str]
+    """Variables Ray reads when its processes start."""
+    local: LocalNode = LocalNode()
+    serve: dict[str, Any]
+    """A ServeDeploySchema."""
+    jobs: dict[str, dict[str, Any]]
+    """Arguments of `JobSubmissionClient.submit_job`, by job name."""
+
+
+def shipped() -> Path:
+    """The cluster.yaml that comes with axicon: inside the wheel, or at the root of a checkout."""
+    package = Path(__file__).resolve().parent
+    inside = package / "cluster.yaml"
+    return inside if inside.exists() else package.parent / "cluster.yaml"
+
+
+def read(path: Path | None = None) -> Metadata:
+    """Our part of a cluster.yaml, the shipped one if none is given. Raises AxiconError."""
+    path = path or shipped()
+    try:
+        content = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise AxiconError(
+            f"{path}: cannot be read ({error.strerror}); name a cluster.yaml with cluster="
+        ) from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise AxiconError(f"{path}: no valid YAML ({reason}); mend the file") from None
+    metadata = content.get("metadata") if isinstance(content, dict) else None
+    if not isinstance(metadata, dict):
+        raise AxiconError(f"{path}: has no `metadata`; start from the shipped {shipped()}")
+    try:
+        return Metadata.parse(**metadata)
+    except AxiconError as error:
+        raise AxiconError(f"{path}: in metadata, {error}") from None
+
+
+def free_ports(count: int) -> list[int]:
+    """Loopback TCP ports that are free now, all different."""
+    with contextlib.ExitStack() as stack:
+        probes = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for probe in probes:
+            probe.bind(("127.0.0.1", 0))
+        return [int(probe.getsockname()[1]) for probe in probes]
+
+
+def private_folder() -> Path:
+    """A new folder that only this user can enter, with a path that leaves room for the names of sockets."""
+    base = tempfile.gettempdir()
+    return Path(tempfile.mkdtemp(prefix="ax-", dir=base if len(base) <= LONGEST_BASE else "/tmp"))
+
+
+def environment(metadata: Metadata, folder: Path) -> dict[str, str]:
+    """All that Ray must find in the environment; what it would share with others is moved to `folder`."""
+    haproxy = folder / "haproxy"
+    stats, metrics, fallback = free_ports(3)
+    env = {
+        **metadata.env,
+        **metadata.local.env,
+        "RAY_TMPDIR": str(folder),
+        "RAY_AUTH_TOKEN_PATH": str(folder / "token"),
+        "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(haproxy / "haproxy.cfg"),
+        "RAY_SERVE_HAPROXY_SOCKET_PATH": str(haproxy / "admin.sock"),
+        "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(haproxy / "metrics.sock"),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(haproxy),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(haproxy / "server-state"),
+        "RAY_SERVE_HAPROXY_STATS_PORT": str(stats),
+        "RAY_SERVE_HAPROXY_METRICS_PORT": str(metrics),
+        "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(fallback),
+    }
+    wrapper = Path(sysconfig.get_path("scripts")) / "axicon-haproxy"
+    if sys.platform.startswith("linux") and wrapper.exists():
+        env["RAY_SERVE_HAPROXY_BINARY_PATH"] = str(wrapper)
+    else:
+        env["RAY_SERVE_ENABLE_HA_PROXY"] = "0"  # no binary is shipped for other systems
+    return env
+
+
+@contextlib.contextmanager
+def local_ray(
+    metadata: Metadata, *, dashboard_port: int | None = None, debug: bool = False
+) -> Iterator[Path]:
+    """Ray on this machine for the time of the block. Yields its private folder, where its logs are.
+
+    Ray reads its settings at import, so this must run before anything imports it. Raises AxiconError when Ray
+    cannot be started.
+    """
+    if "ray" in sys.modules:
+        raise RuntimeError("local_ray must run before ray is imported: Ray would not see its settings")
+    folder = private_folder()
+    before = {process.pid for process in _descendants()}
+    with _adopting_orphans():
+        try:
+            with _variables(environment(metadata, folder)):
+                _start(metadata.local, folder, dashboard_port, debug)
+                try:
+                    yield folder
+                finally:
+                    with contextlib.nullcontext() if debug else _quiet():
+                        _shut_down()
+        finally:
+            end([process for process in _descendants() if process.pid not in before])
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _start(node: LocalNode, folder: Path, dashboard_port: int | None, debug: bool) -> None:
+    token = folder / "token"
+    token.touch(mode=0o600)
+    token.write_text(secrets.token_hex(32))
+    (folder / "haproxy").mkdir()
+    import ray
+
+    counts = dict(node.resources)
+    try:
+        ray.init(
+            address="local",
+            num_cpus=counts.pop("CPU", 0),
+            num_gpus=counts.pop("GPU", None),
+            resources={name: float(count) for name, count in counts.items()} or None,
+            object_store_memory=node.object_store_mib * 2**20,
+            include_dashboard=dashboard_port is not None,
+            dashboard_host="127.0.0.1",
+            dashboard_port=dashboard_port,
+            log_to_driver=debug,
+            logging_level=logging.INFO if debug else logging.ERROR,
+        )
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300]
+        raise AxiconError(
+            f"Ray could not be started ({reason}); see `axicon doctor`, or more of it with AXICON_DEBUG=1"
+        ) from error
+
+
+def _shut_down() -> None:
+    """End Serve and Ray in their own way. What does not end is ended by the caller."""
+    import ray
+    from ray import serve
+
+    with contextlib.suppress(Exception):
+        serve.shutdown()
+    with contextlib.suppress(Exception):
+        ray.shutdown()
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what Ray says at its end: it calls the end of its own controller a failure, which it is not."""
+    with (
+        open(os.devnull, "w") as nowhere,
+        contextlib.redirect_stderr(nowhere),
+        contextlib.redirect_stdout(nowhere),
+    ):
+        yield
+
+
+def end(processes: list[psutil.Process], patience_s: float = 3.0) -> None:
+    """Terminate these processes, and kill those that are still there after a while."""
+    for process in processes:
+        with contextlib.suppress(psutil.Error):
+            process.terminate()
+    _, alive = psutil.wait_procs(processes, timeout=patience_s)
+    for process in alive:
+        with contextlib.suppress(psutil.Error):
+            process.kill()
+    psutil.wait_procs(alive, timeout=patience_s)
+
+
+def _descendants() -> list[psutil.Process]:
+    return psutil.Process().children(recursive=True)
+
+
+@contextlib.contextmanager
+def _adopting_orphans() -> Iterator[None]:
+    """Become the parent of every descendant whose own parent ends, so that none is lost (Linux)."""
+    linux = sys.platform.startswith("linux")
+    if linux:
+        ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)
+    try:
+        yield
+    finally:
+        if linux:
+            ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 0)
+
+
+@contextlib.contextmanager
+def _variables(values: Mapping[str, str]) -> Iterator[None]:
+    """The environment with these values, and without Ray addresses from outside."""
+    before = dict(os.environ)
+    for name in ("RAY_ADDRESS", "RAY_AUTH_TOKEN", "RAY_NAMESPACE"):
+        os.environ.pop(name, None)
+    os.environ |= values
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ |= before

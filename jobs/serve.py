@@ -1,0 +1,221 @@
+"""`axicon serve`: an endpoint on this machine, from nothing to a request to try, and back to nothing.
+
+What can be wrong with a recipe is found out first, in a second and in one line: keys, address, port, model,
+memory. Only then is Ray started. The application is named by its import string, so no job imports a service.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import http.client
+import importlib
+import json
+import logging
+import shlex
+import signal
+import socket
+import time
+from collections.abc import Callable, Iterator
+from types import FrameType
+from typing import Any
+
+import psutil
+
+from axicon.errors import AxiconError, RunFailed
+from axicon.recipe import LocalServeRecipe, ServeRecipe
+from jobs import cluster
+from jobs.progress import Reporter
+
+APPLICATION = "generate"
+IMPORT_PATH = "services.app:build"
+POLL_S = 0.2
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+class Stopped(BaseException):
+    """Someone asked this process to end. Not an Exception, so that no library swallows it."""
+
+
+def run(recipe: LocalServeRecipe, *, say: Callable[[str], None] = print, debug: bool = False) -> None:
+    """Serve until SIGINT, SIGTERM or SIGHUP. Raises AxiconError for everything that a user can mend."""
+    begin, reporter = time.monotonic(), Reporter()
+    with stop_on_signal() as rearm:
+        try:
+            check_address(recipe)
+            metadata = cluster.read(recipe.cluster)
+            reporter.say(f"looking at the model {recipe.model}")
+            resolved = prepare(recipe)
+            reporter.say("starting Ray on this machine")
+            with cluster.local_ray(metadata, dashboard_port=recipe.dashboard_port, debug=debug) as folder:
+                rearm()  # Ray puts a handler of its own in the place of ours
+                reporter.say(f"loading {resolved.served_name}")
+                deploy(resolved, debug=debug)
+                wait_until_ready(resolved)
+                say(ready_line(resolved, time.monotonic() - begin))
+                reporter.say(f"logs are in {folder}/ray/session_latest/logs until it ends; Ctrl-C ends it")
+                watch()
+        except Stopped:
+            reporter.say("stopped")
+
+
+@contextlib.contextmanager
+def stop_on_signal() -> Iterator[Callable[[], None]]:
+    """Raise Stopped on the first signal that asks for the end, and on a second one, which hurries it.
+
+    Yields a function that sets the handlers again. They are set even where SIGINT was ignored, as shells have
+    it for a command in the background: whoever sends it means it.
+    """
+    asked = 0
+
+    def handler(number: int, frame: FrameType | None) -> None:
+        nonlocal asked
+        asked += 1
+        if asked <= 2:
+            raise Stopped
+
+    def arm() -> None:
+        for number in SIGNALS:
+            signal.signal(number, handler)
+
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    arm()
+    try:
+        yield arm
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
+
+
+def check_address(recipe: LocalServeRecipe) -> None:
+    """Whether the endpoint may and can listen where it is asked to. Raises AxiconError."""
+    digests = recipe.api_key_digests()
+    try:
+        found = socket.getaddrinfo(recipe.host, recipe.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except OSError:
+        raise AxiconError(f"host={recipe.host}: no such address; give one of this machine") from None
+    family, kind, _, _, address = found[0]
+    if not digests and not str(address[0]).startswith("127.") and address[0] != "::1":
+        raise AxiconError(
+            f"host={recipe.host} can be reached by others, and no API keys are configured; "
+            "name a variable that holds them with api_keys_env=, or serve on 127.0.0.1"
+        )
+    with socket.socket(family, kind) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the server does
+        try:
+            probe.bind(address)
+        except PermissionError:
+            raise AxiconError(
+                f"port={recipe.port}: only root may listen there; take one above 1023"
+            ) from None
+        except OSError as error:
+            raise AxiconError(_no_bind(recipe, error)) from None
+
+
+def _no_bind(recipe: LocalServeRecipe, error: OSError) -> str:
+    if error.errno != errno.EADDRINUSE:
+        return f"host={recipe.host}: cannot listen there ({error.strerror}); give an address of this machine"
+    return f"port={recipe.port} is in use{_holder(recipe.port)}; stop that, or take another port"
+
+
+def _holder(port: int) -> str:
+    """Who listens on a port, as far as this user may know."""
+    with contextlib.suppress(psutil.Error):
+        for connection in psutil.net_connections("tcp"):
+            if connection.status == "LISTEN" and connection.laddr.port == port and connection.pid:
+                return f" by {psutil.Process(connection.pid).name()} (process {connection.pid})"
+    return ""
+
+
+def prepare(recipe: LocalServeRecipe) -> LocalServeRecipe:
+    """The recipe with its model found, made or fetched, and looked at. Raises AxiconError."""
+    from axicon.model import checkpoint
+
+    folder = checkpoint.resolve(recipe.model, offline=recipe.offline, revision=recipe.revision)
+    checkpoint.shape_of(folder)
+    name = recipe.served_name or checkpoint.model_id(recipe.model)
+    return recipe.model_copy(update={"model": str(folder), "revision": None, "served_name": name})
+
+
+def deploy(recipe: LocalServeRecipe, *, debug: bool = False) -> None:
+    """Start Serve and hand it the application. Returns before the model is loaded."""
+    from ray import serve
+
+    if not debug:
+        logging.getLogger("ray.serve").setLevel(logging.ERROR)
+    serve.start(proxy_location="HeadOnly", http_options={"host": recipe.host, "port": recipe.port})
+    module, _, name = IMPORT_PATH.partition(":")
+    build = getattr(importlib.import_module(module), name)
+    application = build(ServeRecipe.model_validate(recipe.app_args()))
+    serve.run_many(
+        [serve.RunTarget(application, name=APPLICATION, route_prefix="/")],
+        wait_for_ingress_deployment_creation=False,
+        wait_for_applications_running=False,
+    )
+
+
+def wait_until_ready(recipe: LocalServeRecipe) -> None:
+    """Return when `/health` answers 200. Raises AxiconError with the reason when the replica cannot start."""
+    from ray import serve
+
+    deadline = time.monotonic() + recipe.ready_s
+    while not healthy(recipe.host, recipe.port):
+        application = serve.status().applications.get(APPLICATION)
+        if application is not None:
+            messages = [application.message, *(d.message for d in application.deployments.values())]
+            if reason := next((found for found in map(failure, messages) if found), None):
+                raise AxiconError(reason)
+            if application.status == "DEPLOY_FAILED":
+                last = "\n".join(messages).rstrip().splitlines()[-1]
+                raise RunFailed(f"the replica could not start ({last}); AXICON_DEBUG=1 shows all of it")
+        if time.monotonic() > deadline:
+            raise RunFailed(
+                f"ready_s={recipe.ready_s:g}: the model did not answer in this time; "
+                "allow more, or see with AXICON_DEBUG=1 what it waits for"
+            )
+        time.sleep(POLL_S)
+
+
+def failure(message: str) -> str | None:
+    """The line of an AxiconError inside a traceback that Ray has put into a message."""
+    _, found, text = message.rpartition("AxiconError: ")
+    return text.splitlines()[0].strip() if found and text.strip() else None
+
+
+def healthy(host: str, port: int) -> bool:
+    """Whether `GET /health` answers 200."""
+    connection = http.client.HTTPConnection(reachable(host), port, timeout=2)
+    try:
+        connection.request("GET", "/health")
+        return connection.getresponse().status == 200
+    except (OSError, http.client.HTTPException):
+        return False
+    finally:
+        connection.close()
+
+
+def reachable(host: str) -> str:
+    """Where this machine reaches a server that listens on `host`."""
+    return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+
+
+def ready_line(recipe: LocalServeRecipe, seconds: float) -> str:
+    """One line: what serves, since when, and a command that proves it."""
+    host = reachable(recipe.host)
+    url = f"http://{f'[{host}]' if ':' in host else host}:{recipe.port}"
+    body = {"messages": [{"role": "user", "content": "Why is the sky blue?"}], "max_tokens": 60}
+    keyed = bool(recipe.api_key_hashes or recipe.api_keys_env)
+    words = ["curl", f"{url}/v1/chat/completions", "-H", "Content-Type: application/json"]
+    key = ' -H "Authorization: Bearer $KEY"' if keyed else ""
+    command = f"{shlex.join(words)}{key} -d {shlex.quote(json.dumps(body))}"
+    return f"{recipe.served_name} is ready after {seconds:.1f} s at {url}   try: {command}"
+
+
+def watch() -> None:
+    """Return never, but raise when Ray's own processes have ended (Serve replaces a replica by itself)."""
+    ours = [p for p in psutil.Process().children() if p.name() in ("raylet", "gcs_server")]
+    while True:
+        time.sleep(1)
+        gone: list[Any] = [p for p in ours if not p.is_running() or p.status() == psutil.STATUS_ZOMBIE]
+        if gone:
+            raise RunFailed(f"Ray's {gone[0].name()} has ended, perhaps for want of memory; start again")
