@@ -8,13 +8,14 @@ window that ends inside a character waits for more tokens.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"
 LONGEST_CHARACTER = 4
 """Bytes of a UTF-8 character, so at most as many tokens."""
-CONTEXT, WINDOW = 6, 24
-"""A window that has grown to WINDOW tokens is cut to its last CONTEXT ones."""
+CONTEXT, WINDOW, LONGEST_WINDOW = 6, 24, 96
+"""A window that has grown to WINDOW tokens is cut to its last CONTEXT ones, or a few more, so that it begins with a
+whole character; broken bytes, which have no such place, are cut anywhere at LONGEST_WINDOW."""
 
 
 class Tokenizer(Protocol):
@@ -25,7 +26,7 @@ class Tokenizer(Protocol):
 
     def decode(
         self, token_ids: list[int], *, skip_special_tokens: bool, clean_up_tokenization_spaces: bool
-    ) -> str: ...
+    ) -> Any: ...
 
 
 class Detokenizer:
@@ -69,12 +70,22 @@ class Detokenizer:
         self._seen, self._pending = text, tail
         self.length += len(new)
         if len(self._window) > WINDOW:
-            self._window = self._window[-CONTEXT - tail :]
-            self._seen = self._decode(self._window[: len(self._window) - tail])
+            self._shorten(tail)
         return new
 
+    def _shorten(self, tail: int) -> None:
+        seen = self._window[: len(self._window) - tail]
+        for size in range(CONTEXT, CONTEXT + LONGEST_CHARACTER):
+            text = self._decode(seen[-size:])
+            if UNFINISHED not in text or len(self._window) > LONGEST_WINDOW:
+                self._window = self._window[-size - tail :]
+                self._seen = text
+                return
+
     def _decode(self, tokens: list[int]) -> str:
-        return self._tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return str(
+            self._tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        )
 
 
 class StopText:

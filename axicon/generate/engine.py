@@ -6,6 +6,7 @@ belongs to one thread. After the forward pass every request is handled by itself
 
 from __future__ import annotations
 
+import bisect
 import logging
 import time
 from collections import Counter
@@ -47,12 +48,19 @@ class Engine:
 
     def __init__(
         self, runner: Runner, tokenizer: Tokenizer, *, eos_ids: Sequence[int], limits: Limits | None = None,
-        sampler: Sampler | None = None,
+        sampler: Sampler | None = None, model_name: str = "",
     ) -> None:
         self.runner = runner
         self.tokenizer = tokenizer
         self.eos_ids = tuple(eos_ids)
         self.limits = limits or Limits()
+        self.model_name = model_name
+        self.max_model_len = _longest(runner, self.limits)
+        """The most tokens a prompt and its answer may have together."""
+        self.most_requests = runner.capacity.max_rows + self.limits.max_queue
+        """Requests that may be here at once."""
+        self.decode_only = False
+        """Whether the last step computed no prompt tokens."""
         self._sampler = sampler or SAMPLERS["gumbel"]()
         self._scheduler = Scheduler(runner.capacity, runner.slots_reserved)
         self._answers: dict[Stream, Answer] = {}
@@ -71,7 +79,7 @@ class Engine:
 
     def check(self, request: Request) -> None:
         """Raises RequestError for a request that cannot be served as asked. Any thread may call it."""
-        check_request(request, self.runner, self.limits)
+        check_request(request, self.runner.capacity.vocab, self.max_model_len, self.limits)
 
     def add(self, request: Request) -> None:
         """Queue a request. Raises RequestError for what cannot be served, Overloaded when the queue is full."""
@@ -79,8 +87,8 @@ class Engine:
         key = (request.id, request.choice)
         if key in self._streams:
             raise RequestError(f"request {request.id!r}, choice {request.choice}, is already running", "id")
-        if len(self._scheduler.waiting) >= self.limits.max_queue:
-            raise Overloaded(f"{self.limits.max_queue} requests are waiting, try again later")
+        if len(self._streams) >= self.most_requests:
+            raise Overloaded(f"{len(self._streams)} requests are running or waiting, try again later")
         stream = Stream(request)
         self._answers[stream] = Answer(request, self.tokenizer, self.runner.capacity.vocab, self.eos_ids)
         self._streams[key] = stream
@@ -280,9 +288,16 @@ class Engine:
         self._steps += 1
         self._step_seconds = seconds
         self._step_tokens = sum(one.stop - one.start for one in work)
-        self._prompt_tokens += sum(
-            one.stop - one.start for one in work if one.start < len(one.stream.request.prompt)
-        )
+        prompt = sum(one.stop - one.start for one in work if one.start < len(one.stream.request.prompt))
+        self._prompt_tokens += prompt
+        self.decode_only = prompt == 0
+
+
+def _longest(runner: Runner, limits: Limits) -> int:
+    """Tokens the model knows, the limits allow and the cache holds."""
+    capacity = runner.capacity
+    longest = min(capacity.max_positions, limits.max_model_len or capacity.max_positions)
+    return bisect.bisect_right(range(1, longest + 1), capacity.slots, key=runner.slots_reserved)
 
 
 def _wanted(one: Work) -> range:

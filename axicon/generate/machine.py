@@ -17,21 +17,6 @@ def cores() -> int:
     return available
 
 
-def memory_available() -> int:
-    """Bytes that can be taken now without swapping: free memory, cut to what the cgroup leaves."""
-    available = 4 << 30
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                available = int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    limit, used = _cgroup("memory.max").strip(), _cgroup("memory.current").strip()
-    if limit.isdigit() and used.isdigit():
-        available = min(available, max(0, int(limit) - int(used)))
-    return available
-
-
 def _cgroup(name: str) -> str:
     """A control file of cgroup v2, or an empty string."""
     try:

@@ -106,7 +106,7 @@ class Limits:
     """What an engine accepts. Lengths are tokens; what the model itself cannot do is refused without being listed."""
 
     max_queue: int = 256
-    """Requests that may wait; one more is answered with `Overloaded`."""
+    """Requests that may be there beyond the rows that run at once; one more is answered with `Overloaded`."""
     max_model_len: int | None = None
     """Prompt and output together; None means what the model knows and the cache holds."""
     max_logprobs: int = 20

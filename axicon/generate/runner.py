@@ -12,11 +12,11 @@ from torch.nn.functional import pad
 
 from axicon.errors import AxiconError
 from axicon.generate.attend import StepAttention
-from axicon.generate.machine import memory_available
 from axicon.generate.numerics import bits, choose_path, padded
 from axicon.generate.spans import Span, committed_paths, renumber, split_spans
 from axicon.model.cache import KVCache, size_class
 from axicon.model.decoder import Decoder
+from axicon.model.machine import available_memory
 from axicon.protocols import Capacity, StepInput, StepOutput
 
 DEFAULT_KV_BYTES = 4 << 30
@@ -34,7 +34,7 @@ class LocalRunner:
         model_digest: str = "",
     ) -> None:
         if kv_bytes is None:
-            kv_bytes = min(DEFAULT_KV_BYTES, memory_available() // 4)
+            kv_bytes = min(DEFAULT_KV_BYTES, (available_memory() or DEFAULT_KV_BYTES) // 4)
         self.decoder = decoder.eval().requires_grad_(False)
         self._digest = model_digest
         blocks = decoder.shape.blocks[decoder.first : decoder.last]

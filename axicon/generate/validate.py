@@ -3,38 +3,30 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 from axicon.generate.request import Limits, Request, RequestError, SamplingParams
-from axicon.protocols import Runner
 
 SEEDS = range(-(1 << 63), 1 << 64)
 
 
-def check_request(request: Request, runner: Runner, limits: Limits) -> None:
-    """Raises RequestError naming the field. Reads constants only, so any thread may call it."""
-    params, capacity = request.params, runner.capacity
+def check_request(request: Request, vocab: int, longest: int, limits: Limits) -> None:
+    """Raises RequestError naming the field. `longest` is what prompt and answer may have together, in tokens."""
+    params = request.params
     _check_params(params, limits)
-    _check_ids(request.prompt, capacity.vocab, "prompt")
-    _check_ids(params.stop_token_ids, capacity.vocab, "stop_token_ids")
-    _check_ids(params.logit_bias, capacity.vocab, "logit_bias")
+    _check_ids(request.prompt, vocab, "prompt")
+    _check_ids(params.stop_token_ids, vocab, "stop_token_ids")
+    _check_ids(params.logit_bias, vocab, "logit_bias")
     if request.adapter != 0:
         raise RequestError(f"adapter {request.adapter} is not loaded, this deployment holds none", "model")
     length, output = len(request.prompt), params.max_tokens
-    longest = min(capacity.max_positions, limits.max_model_len or capacity.max_positions)
     if length == 0:
         raise RequestError("the prompt is empty", "prompt")
     if length + min(output, 1) > longest:
-        raise RequestError(f"the prompt has {length} tokens, this model takes {longest} with its answer", "prompt")
+        raise RequestError(f"the prompt has {length} tokens, prompt and answer may have {longest}", "prompt")
     if length + output > longest:
         raise RequestError(
-            f"the prompt's {length} tokens and max_tokens {output} exceed the {longest} this model takes",
-            "max_tokens",
-        )
-    needed = runner.slots_reserved(length + output)
-    if needed > capacity.slots:
-        raise RequestError(
-            f"the prompt's {length} tokens and max_tokens {output} need {needed} cache slots, "
-            f"this deployment has {capacity.slots}",
+            f"the prompt has {length} tokens and max_tokens is {output}, together they may have {longest}",
             "max_tokens",
         )
 
@@ -78,8 +70,7 @@ def _check_params(params: SamplingParams, limits: Limits) -> None:
             raise RequestError(f"logit_bias of token {token} is {bias}, it must lie between -100 and 100", "logit_bias")
 
 
-def _check_ids(ids: object, vocab: int, name: str) -> None:
-    assert hasattr(ids, "__iter__")
+def _check_ids(ids: Iterable[int], vocab: int, name: str) -> None:
     for token in ids:
         if not 0 <= token < vocab:
             raise RequestError(f"token id {token} is not in the model's vocabulary of {vocab}", name)

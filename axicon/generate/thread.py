@@ -1,0 +1,188 @@
+"""EngineThread: an engine in a thread of its own, driven from any other.
+
+All torch work of a server happens here, loading included: weights packed in another thread are slow (41 instead of 85
+steps per second, measured), and a second OpenMP pool exceeds the cores.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+
+from axicon.generate.engine import Engine
+from axicon.generate.request import Delta, EngineStats, FinishReason, Overloaded, Request
+from axicon.generate.runner import LocalRunner
+from axicon.generate.watchdog import StepWatchdog
+
+log = logging.getLogger("axicon")
+
+OnDelta = Callable[[Delta], None]
+
+
+class EngineThread:
+    """`start` it, `submit` requests, `close` it. Deltas arrive in the engine thread: hand them on, do not work there.
+
+    watchdog: halve the compute threads when steps become very uneven. Results stay the same or, where the bits of
+    this model depend on the thread count, it waits until nothing is running; the fingerprint changes either way.
+    """
+
+    def __init__(self, make_engine: Callable[[], Engine], *, watchdog: bool = True) -> None:
+        self._make_engine = make_engine
+        self._watchdog = StepWatchdog() if watchdog else None
+        self._engine: Engine | None = None
+        self._wake = threading.Condition()
+        self._inbox: list[tuple[Request, OnDelta] | str] = []
+        """Requests with their receivers, and ids to cancel."""
+        self._sinks: dict[tuple[str, int], OnDelta] = {}
+        self._entering = 0
+        self._closing = False
+        self._ready = threading.Event()
+        self._busy_since: float | None = None
+        """When the last step ended, or work arrived, while there is work."""
+        self._fewer_threads: int | None = None
+        self.error: BaseException | None = None
+        """What ended the thread, if something did."""
+        self._thread = threading.Thread(target=self._run, name="axicon-engine", daemon=True)
+
+    @property
+    def engine(self) -> Engine:
+        """The engine, for its constants (tokenizer, limits). Only there after `start`."""
+        if self._engine is None:
+            raise RuntimeError("the engine thread has not started")
+        return self._engine
+
+    @property
+    def fingerprint(self) -> str:
+        return self.engine.runner.fingerprint
+
+    def start(self, timeout: float | None = None) -> None:
+        """Load and begin to serve. Raises what loading raised, TimeoutError after `timeout` seconds."""
+        self._thread.start()
+        if not self._ready.wait(timeout):
+            raise TimeoutError(f"the model was not loaded within {timeout} s")
+        if self.error is not None:
+            raise self.error
+
+    def submit(self, request: Request, on_delta: OnDelta) -> None:
+        """Queue a request from any thread. Raises RequestError or Overloaded, as `Engine.add` does."""
+        self.submit_all([request], on_delta)
+
+    def submit_all(self, requests: Sequence[Request], on_delta: OnDelta) -> None:
+        """Queue several requests, such as the choices of one, or none of them."""
+        engine = self.engine
+        for request in requests:
+            engine.check(request)
+        with self._wake:
+            if self._closing or self.error is not None:
+                raise RuntimeError("the engine has stopped")
+            if len(self._sinks) + self._entering + len(requests) > engine.most_requests:
+                raise Overloaded(f"{len(self._sinks)} requests are running or waiting, try again later")
+            self._entering += len(requests)
+            self._inbox += [(request, on_delta) for request in requests]
+            self._busy_since = self._busy_since or time.monotonic()
+            self._wake.notify()
+
+    def cancel(self, request_id: str) -> None:
+        """End all choices of a request; unknown ids are ignored."""
+        with self._wake:
+            self._inbox.append(request_id)
+            self._wake.notify()
+
+    def healthy(self, max_stall_s: float) -> bool:
+        """False once the thread ended, or while there is work and no step was finished for so many seconds."""
+        busy = self._busy_since
+        running = self._ready.is_set() and self.error is None and self._thread.is_alive()
+        return running and (busy is None or time.monotonic() - busy <= max_stall_s)
+
+    def stats(self) -> EngineStats:
+        return self.engine.stats()
+
+    def close(self, timeout: float | None = None) -> None:
+        """End every request with reason "cancelled" and wait for the thread."""
+        with self._wake:
+            self._closing = True
+            self._wake.notify()
+        if self._thread.is_alive():
+            self._thread.join(timeout)
+
+    def _run(self) -> None:
+        try:
+            engine = self._engine = self._make_engine()
+            # What loading left behind is not looked at again; a full collection would be a pause of many steps.
+            gc.collect()
+            gc.freeze()
+            self._ready.set()
+            while self._receive(engine):
+                self._deliver(engine.step())
+                self._note_step(engine)
+        except BaseException as error:
+            log.exception("the engine thread ended")
+            self.error = error
+        finally:
+            self._ready.set()
+            with self._wake:
+                self._closing = True
+                reason: FinishReason = "cancelled" if self.error is None else "error"
+                for item in self._inbox:
+                    if not isinstance(item, str):
+                        self._sinks[item[0].id, item[0].choice] = item[1]
+                left = list(self._sinks)
+            self._deliver([_ended(key, reason, self.error) for key in left])
+
+    def _receive(self, engine: Engine) -> bool:
+        """Wait for work and take it in. False when closing."""
+        with self._wake:
+            while not (self._inbox or engine.has_work or self._closing):
+                self._busy_since = None
+                self._wake.wait()
+            inbox, self._inbox = self._inbox, []
+        if self._closing:
+            self._inbox = inbox
+            return False
+        for item in inbox:
+            if isinstance(item, str):
+                engine.cancel(item)
+                continue
+            request, on_delta = item
+            self._sinks[request.id, request.choice] = on_delta
+            self._entering -= 1
+            try:
+                engine.add(request)
+            except Exception as error:
+                self._deliver([_ended((request.id, request.choice), "error", error)])
+        return True
+
+    def _deliver(self, deltas: Sequence[Delta]) -> None:
+        for delta in deltas:
+            key = (delta.request_id, delta.choice)
+            on_delta = self._sinks.get(key) if delta.finish_reason is None else self._sinks.pop(key, None)
+            if on_delta is None:
+                continue
+            try:
+                on_delta(delta)
+            except Exception:
+                log.exception("the receiver of request %s failed", delta.request_id)
+                self.cancel(delta.request_id)
+
+    def _note_step(self, engine: Engine) -> None:
+        self._busy_since = time.monotonic() if engine.has_work else None
+        runner = engine.runner
+        if self._watchdog is None or not isinstance(runner, LocalRunner):
+            return
+        threads = torch.get_num_threads()
+        if engine.decode_only and self._watchdog.too_uneven(engine.stats().step_seconds) and threads > 1:
+            self._fewer_threads = threads // 2
+        if self._fewer_threads and (not engine.has_work or runner.same_bits_with(self._fewer_threads)):
+            runner.set_threads(self._fewer_threads)
+            log.warning("steps are uneven, another process is busy: %d threads now", self._fewer_threads)
+            self._fewer_threads = None
+
+
+def _ended(key: tuple[str, int], reason: FinishReason, error: BaseException | None) -> Delta:
+    text = None if error is None else str(error) or type(error).__name__
+    return Delta(request_id=key[0], choice=key[1], finish_reason=reason, error=text)
