@@ -1,8 +1,8 @@
 """The one error a person is meant to read.
 
-Everything a user can cause (a missing file, a pickle, a wrong key, too little memory) raises `AxiconError` with one
-line that says what is wrong, where, and what to do. The edges print that line and exit with a code that is not 0;
-anything else that escapes is a defect and keeps its traceback.
+Everything a user can cause (a missing file, a pickle, a wrong key, too little memory) raises `AxiconError`:
+one line that says what is wrong, where, and what to do. The edges print that line and exit with a code that
+is not 0; anything else that escapes is a defect and keeps its traceback.
 """
 
 

@@ -188,7 +188,7 @@ def explain(cls: type[Recipe], error: ValidationError) -> str:
     key = ".".join(str(part) for part in details["loc"])
     known = dict(fields(cls))
     if details["type"] == "extra_forbidden":
-        return unknown_key(key, list(known))
+        return unknown_key(key, [*known, *sorted({name.partition(".")[0] for name in known if "." in name})])
     if details["type"] in ("model_type", "dict_type"):
         example = next(name for name in known if name.startswith(f"{key}."))
         return f"{_typed(key, details)}: {key} has settings of its own, such as {example}=..."

@@ -59,10 +59,8 @@ class Metadata(Recipe):
 
 
 def shipped() -> Path:
-    """The cluster.yaml that comes with axicon: inside the wheel, or at the root of a checkout."""
-    package = Path(__file__).resolve().parent
-    inside = package / "cluster.yaml"
-    return inside if inside.exists() else package.parent / "cluster.yaml"
+    """The cluster.yaml that comes with axicon. In a checkout it is a link to the one at the root."""
+    return Path(__file__).with_name("cluster.yaml")
 
 
 def read(path: Path | None = None) -> Metadata:
@@ -119,12 +117,17 @@ def environment(metadata: Metadata, folder: Path) -> dict[str, str]:
         "RAY_SERVE_HAPROXY_METRICS_PORT": str(metrics),
         "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(fallback),
     }
-    wrapper = Path(sysconfig.get_path("scripts")) / "axicon-haproxy"
-    if sys.platform.startswith("linux") and wrapper.exists():
-        env["RAY_SERVE_HAPROXY_BINARY_PATH"] = str(wrapper)
+    if binary := proxy():
+        env["RAY_SERVE_HAPROXY_BINARY_PATH"] = str(binary)
     else:
-        env["RAY_SERVE_ENABLE_HA_PROXY"] = "0"  # no binary is shipped for other systems
+        env["RAY_SERVE_ENABLE_HA_PROXY"] = "0"
     return env
+
+
+def proxy() -> Path | None:
+    """`axicon-haproxy`, where there is an HAProxy for it to run: Ray ships one for Linux."""
+    script = Path(sysconfig.get_path("scripts")) / "axicon-haproxy"
+    return script if sys.platform.startswith("linux") and script.exists() else None
 
 
 @contextlib.contextmanager

@@ -1,0 +1,50 @@
+"""What is installed: four packages under exactly their names, with the files they read."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import axicon
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGES = {"axicon", "actors", "services", "jobs"}
+
+
+@pytest.fixture(scope="module")
+def names(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
+    folder = tmp_path_factory.mktemp("wheel")
+    command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(folder)]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    [wheel] = folder.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        return set(archive.namelist())
+
+
+def test_the_top_level_is_four_packages(names: set[str]) -> None:
+    tops = {name.partition("/")[0] for name in names}
+    assert {top for top in tops if not top.endswith(".dist-info")} == PACKAGES
+
+
+def test_every_tracked_file_of_the_packages_is_in_it(names: set[str]) -> None:
+    tracked = subprocess.run(
+        ["git", "ls-files", *sorted(PACKAGES)], cwd=ROOT, check=True, capture_output=True, text=True
+    ).stdout.split()
+    assert len(tracked) > 50
+    assert set(tracked) <= names
+
+
+def test_nothing_but_the_project_is_in_it(names: set[str]) -> None:
+    assert not [name for name in names if "/tests/" in name or "__pycache__" in name or name.endswith(".so")]
+
+
+def test_one_version_everywhere() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert axicon.__version__ == project["version"]
+    assert importlib.metadata.version("axicon") == project["version"]
