@@ -61,6 +61,9 @@ def _least(params: Sequence[SamplingParams], values_RC: Tensor, vocab: int) -> l
             continue
         least = float(values[k - 1]) if k else 0.0
         if p.top_p < 1.0:
+            if k and width < vocab and float(values[-1]) >= least:
+                result.append(None)
+                continue
             # Ties of the k-th stay, so their mass counts as well.
             whole = float(mass[int((values >= least).sum()) - 1]) if k else 1.0
             reached = int(torch.searchsorted(mass, p.top_p * whole))

@@ -1,0 +1,67 @@
+"""The probe finds the tiles it must, on functions whose behaviour is known."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from axicon.generate import numerics
+from axicon.generate.numerics import _Probe, _smallest_tile, choose_path, padded
+
+
+class Odd(torch.nn.Module):
+    """Exact but for the last bit, which depends on the row count in a way the test chooses."""
+
+    def __init__(self, outputs, changes):
+        super().__init__()
+        self.outputs, self.changes = outputs, changes
+
+    def forward(self, x):
+        y = x.repeat(1, 2)[:, : self.outputs]
+        return torch.nextafter(y, y + 1) if self.changes(len(x)) else y
+
+
+@pytest.mark.parametrize(
+    ("changes", "tile", "merged"),
+    [
+        (lambda n: n == 1, 2, True),
+        (lambda n: n < 4 or n in (5, 6, 7), 4, True),
+        (lambda n: n % 8 != 0, 8, True),
+        (lambda n: n > 64, 1, False),
+        (lambda n: n > 64 or n < 16, 16, False),
+        (lambda n: n != 64, 64, False),
+    ],
+)
+def test_smallest_tile(make_decoder, changes, tile, merged):
+    decoder = make_decoder(torch.float32)
+    product = Odd(48, changes)
+    probe = _Probe(lambda x, _: product(x), 48, decoder, most=80)
+    found = [_smallest_tile([probe], with_long) for with_long in (True, False)]
+    assert found[0 if merged else 1] == tile
+    assert merged or found[0] is None
+
+
+def test_path_covers_blocks_and_head(make_decoder):
+    decoder = make_decoder(torch.float32)
+    assert choose_path(decoder, 8, 16).head_tile <= 8
+    decoder.lm_head = Odd(96, lambda n: n < 16)
+    assert choose_path(decoder, 8, 16).head_tile == 16
+    decoder.blocks[1].down = Odd(48, lambda n: n % 32 != 0)
+    path = choose_path(decoder, 8, 16)
+    assert (path.body_tile, path.head_tile, path.merged) == (32, 16, True)
+    decoder.blocks[1].down = Odd(48, lambda n: n > 64)
+    assert not choose_path(decoder, 64, 16).merged
+
+
+def test_bits_show_a_changed_last_bit(make_decoder):
+    decoder = make_decoder(torch.float32)
+    before = numerics.bits(decoder)
+    assert numerics.bits(decoder) == before
+    with torch.no_grad():
+        weight = decoder.blocks[0].out.weight
+        weight[3, 5] = torch.nextafter(weight[3, 5], torch.tensor(9.0))
+    assert numerics.bits(decoder) != before
+
+
+def test_padded():
+    assert [padded(n, 4) for n in (1, 4, 5)] == [4, 4, 8]
