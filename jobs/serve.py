@@ -129,10 +129,12 @@ def _holder(port: int) -> str:
 
 def prepare(recipe: LocalServeRecipe) -> LocalServeRecipe:
     """The recipe with its model found, made or fetched, and looked at. Raises AxiconError."""
+    import torch
+
     from axicon.model import checkpoint
 
     folder = checkpoint.resolve(recipe.model, offline=recipe.offline, revision=recipe.revision)
-    checkpoint.shape_of(folder)
+    checkpoint.check(folder, dtype=getattr(torch, recipe.dtype))
     name = recipe.served_name or checkpoint.model_id(recipe.model)
     return recipe.model_copy(update={"model": str(folder), "revision": None, "served_name": name})
 

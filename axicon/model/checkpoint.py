@@ -89,6 +89,23 @@ def load(
     misshapen or non-finite tensor, for digests that differ from the manifest, and when memory would not
     suffice.
     """
+    decoder, stored, dtype, manifest = _look(path, dtype, blocks)
+    places, folder = weight_map(decoder), resolve(path)
+    _fill(decoder, stored, places, dtype, non_finite=frozenset(manifest.get("non_finite", ())))
+    _check_tied(folder, decoder, stored)
+    return decoder.eval()
+
+
+def check(path: str | Path, *, dtype: torch.dtype | None = torch.bfloat16) -> ModelShape:
+    """Raise what `load` would, as far as headers tell: names, shapes, memory. Quick, since no weight is read."""
+    decoder, _, _, _ = _look(path, dtype, None)
+    return decoder.shape
+
+
+def _look(
+    path: str | Path, dtype: torch.dtype | None, blocks: range | None
+) -> tuple[Decoder, Mapping[str, Stored], torch.dtype, dict[str, Any]]:
+    """The decoder without memory, where its weights are stored, what they become, and the manifest."""
     folder = resolve(path)
     shape = shape_of(folder)
     manifest = _manifest(folder)
@@ -101,9 +118,7 @@ def load(
     if dtype is None:
         dtype = stored[next(iter(places))].entry.dtype
     _check_memory(folder, decoder, dtype)
-    _fill(decoder, stored, places, dtype, non_finite=frozenset(manifest.get("non_finite", ())))
-    _check_tied(folder, decoder, stored)
-    return decoder.eval()
+    return decoder, stored, dtype, manifest
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:

@@ -1,0 +1,220 @@
+"""What `axicon serve` finds out before it starts anything, and how it ends."""
+
+from __future__ import annotations
+
+import http.server
+import os
+import shlex
+import signal
+import socket
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from axicon.errors import AxiconError
+from axicon.recipe import LocalServeRecipe, ServeRecipe
+from jobs import serve
+
+
+def recipe(**values: object) -> LocalServeRecipe:
+    return LocalServeRecipe.model_validate(values)
+
+
+def test_a_free_loopback_port_is_fine(free_port: int) -> None:
+    serve.check_address(recipe(port=free_port))
+    serve.check_address(recipe(port=free_port, host="localhost"))
+
+
+def test_a_port_in_use_names_who_has_it() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        with pytest.raises(
+            AxiconError, match=rf"port={port} is in use by .*process {os.getpid()}.*another port"
+        ):
+            serve.check_address(recipe(port=port))
+
+
+def test_a_port_that_was_just_closed_is_not_in_use(free_port: int) -> None:
+    with socket.create_server(("127.0.0.1", free_port)) as server:
+        client = socket.create_connection(("127.0.0.1", free_port))
+        accepted, _ = server.accept()
+        accepted.close()  # this side waits out its time now
+        client.close()
+    serve.check_address(recipe(port=free_port))
+
+
+def test_an_address_of_another_machine_is_refused(free_port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KEYS", "secret")
+    with pytest.raises(AxiconError, match=r"host=198\.51\.100\.1: cannot listen there"):
+        serve.check_address(recipe(host="198.51.100.1", port=free_port, api_keys_env="KEYS"))
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::"])
+def test_others_are_let_in_only_with_keys(host: str, free_port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(AxiconError, match="no API keys are configured"):
+        serve.check_address(recipe(host=host, port=free_port))
+    monkeypatch.setenv("KEYS", "secret")
+    serve.check_address(recipe(host=host, port=free_port, api_keys_env="KEYS"))
+
+
+def test_a_name_that_is_no_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unknown(*_: object, **__: object) -> None:
+        raise socket.gaierror(socket.EAI_NONAME, "no such name")
+
+    monkeypatch.setattr(socket, "getaddrinfo", unknown)
+    with pytest.raises(AxiconError, match="host=nowhere: no such address"):
+        serve.check_address(recipe(host="nowhere"))
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda folder: folder / "none", "no such file or directory"),
+        (lambda folder: _file(folder / "model.bin", b"\x80\x04"), "can run code"),
+        (lambda folder: _file(folder / "model.gguf", b"not a gguf"), "GGUF"),
+        (lambda folder: _file(folder / "pytorch_model.bin", b"\x80\x04").parent, "config.json"),
+        (
+            lambda folder: _model(folder, {"model_type": "mamba", "architectures": ["MambaForCausalLM"]}),
+            "model_type 'mamba'",
+        ),
+    ],
+    ids=["missing", "pickle", "gguf", "no-config", "unknown-family"],
+)
+def test_a_model_that_cannot_be_served_is_one_line(tmp_path: Path, make: object, says: str) -> None:
+    path = make(tmp_path)  # type: ignore[operator]
+    with pytest.raises(AxiconError) as caught:
+        serve.prepare(recipe(model=str(path)))
+    assert says in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def _file(path: Path, content: bytes) -> Path:
+    path.write_bytes(content)
+    return path
+
+
+def _model(folder: Path, config: dict[str, object]) -> Path:
+    import json
+
+    import torch
+    from safetensors.torch import save_file
+
+    save_file({"w": torch.zeros(1)}, folder / "model.safetensors")
+    _file(folder / "config.json", json.dumps(config).encode())
+    return folder
+
+
+LLAMA = {
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 32, "hidden_size": 16,
+    "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 32,
+    "max_position_embeddings": 64, "rms_norm_eps": 1e-5, "hidden_act": "silu", "tie_word_embeddings": True,
+}  # fmt: skip
+
+
+def test_a_broken_safetensors_header_is_found_before_anything_is_started(tmp_path: Path) -> None:
+    folder = _model(tmp_path, LLAMA)
+    _file(folder / "model.safetensors", (2**40).to_bytes(8, "little") + b"{}")
+    with pytest.raises(AxiconError, match=r"model\.safetensors: .*header"):
+        serve.prepare(recipe(model=str(folder)))
+
+
+def test_weights_that_are_missing_are_found_before_anything_is_started(tmp_path: Path) -> None:
+    with pytest.raises(AxiconError, match="missing from the weights"):
+        serve.prepare(recipe(model=str(_model(tmp_path, LLAMA))))
+
+
+def test_too_little_memory_is_found_before_anything_is_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("axicon.model.checkpoint.available_memory", lambda: 2**20)
+    with pytest.raises(AxiconError, match="of memory needed for the weights, 0.0 GiB available"):
+        serve.prepare(recipe(model="demo"))
+
+
+TRACEBACK = """The deployment failed to start. Error:
+ray::ServeReplica.initialize()
+  File "replica.py", line 1, in initialize
+axicon.errors.AxiconError: model: 3 GiB needed, 1 GiB available; take a smaller model
+"""
+
+
+def test_the_reason_is_taken_out_of_rays_traceback() -> None:
+    assert serve.failure(TRACEBACK) == "model: 3 GiB needed, 1 GiB available; take a smaller model"
+    assert serve.failure("The deployment is starting.") is None
+    assert serve.failure("AxiconError: ") is None
+
+
+class Health(http.server.BaseHTTPRequestHandler):
+    status = 200
+
+    def do_GET(self) -> None:
+        self.send_response(self.status if self.path == "/health" else 404)
+        self.end_headers()
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def endpoint() -> Iterator[int]:
+    server = http.server.HTTPServer(("127.0.0.1", 0), Health)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield server.server_port
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_health_is_200_and_nothing_else(
+    endpoint: int, free_port: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert serve.healthy("127.0.0.1", endpoint)
+    assert serve.healthy("0.0.0.0", endpoint)
+    monkeypatch.setattr(Health, "status", 503)
+    assert not serve.healthy("127.0.0.1", endpoint)
+    assert not serve.healthy("127.0.0.1", free_port)
+
+
+def test_the_ready_line_holds_a_command_that_can_be_pasted() -> None:
+    line = serve.ready_line(recipe(port=8001, served_name="m"), 3.14159)
+    assert line.startswith("m is ready after 3.1 s at http://127.0.0.1:8001 ")
+    assert "\n" not in line
+    words = shlex.split(line.partition("try: ")[2])
+    assert words[:2] == ["curl", "http://127.0.0.1:8001/v1/chat/completions"]
+    assert words[-1].startswith('{"messages"')
+    assert "Authorization" not in line
+    keyed = serve.ready_line(recipe(host="::", served_name="m", api_key_hashes=["ab" * 32]), 1)
+    assert "http://[::1]:8000" in keyed
+    assert "Authorization: Bearer" in keyed
+
+
+def test_signals_end_it_and_are_given_back_afterwards() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    for number in serve.SIGNALS:
+        with pytest.raises(serve.Stopped), serve.stop_on_signal():
+            signal.raise_signal(number)
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_a_second_signal_hurries_and_a_third_is_too_late() -> None:
+    with serve.stop_on_signal():
+        for _ in range(2):
+            with pytest.raises(serve.Stopped):
+                signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+        assert signal.getsignal(signal.SIGINT) is not signal.default_int_handler
+
+
+def test_sigint_counts_even_where_the_shell_had_it_ignored() -> None:
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with pytest.raises(serve.Stopped), serve.stop_on_signal():
+            signal.raise_signal(signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_the_application_is_given_what_its_own_recipe_takes() -> None:
+    args = recipe(port=8001, max_rows=3).app_args()
+    assert ServeRecipe.model_validate(args) == ServeRecipe(max_rows=3)
