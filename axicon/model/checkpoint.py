@@ -97,7 +97,7 @@ def load(
 
 
 def check(path: str | Path, *, dtype: torch.dtype | None = torch.bfloat16) -> ModelShape:
-    """Raise what `load` would, as far as headers tell: names, shapes, memory. Quick, since no weight is read."""
+    """Raise what `load` would, as far as headers tell: names, shapes, memory. Quick: no weight is read."""
     decoder, _, _, _ = _look(path, dtype, None)
     return decoder.shape
 

@@ -127,7 +127,7 @@ def test_weights_that_are_missing_are_found_before_anything_is_started(tmp_path:
 
 def test_too_little_memory_is_found_before_anything_is_started(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("axicon.model.checkpoint.available_memory", lambda: 2**20)
-    with pytest.raises(AxiconError, match="of memory needed for the weights, 0.0 GiB available"):
+    with pytest.raises(AxiconError, match=r"of memory needed for the weights, 0\.0 GiB available"):
         serve.prepare(recipe(model="demo"))
 
 
