@@ -54,12 +54,11 @@ def atomic_directory(target: Path) -> Iterator[Path]:
             _sync(path)
         _sync(temporary)
         reached("synced")
-        try:
-            temporary.rename(target)
-        except OSError as e:
-            raise AxiconError(f"cannot move the finished directory to {target}: {e.strerror}") from e
+        temporary.rename(target)
         _sync(target.parent)
         reached("renamed")
+    except OSError as e:
+        raise AxiconError(f"cannot write {target}: {e}; nothing was left of it") from e
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

@@ -43,8 +43,10 @@ class Reader:
 
     def __init__(self, config: Mapping[str, Any], generation: Mapping[str, Any]) -> None:
         self.config, self.generation = config, generation
-        self._seen = {"sliding_window", "use_sliding_window", "max_window_layers", "layer_types",
-                      "rope_theta", "rope_scaling", "rope_parameters", "rope_interleaved"}
+        self._seen = {
+            "sliding_window", "use_sliding_window", "max_window_layers", "layer_types",
+            "rope_theta", "rope_scaling", "rope_parameters", "rope_interleaved", "partial_rotary_factor",
+        }
         if config.get("quantization_config"):
             method = config["quantization_config"]
             method = method.get("quant_method", "unknown") if isinstance(method, Mapping) else method
@@ -163,7 +165,7 @@ class Reader:
         unknown = [
             key for key, value in self.config.items()
             if key not in self._seen and key not in HARMLESS and key not in ignored
-            and value not in (None, False, 0, 1.0, "", [], {})
+            and value not in (None, False, 0, "", [], {})
         ]
         if unknown:
             raise AxiconError(

@@ -83,7 +83,8 @@ def test_packed_steps_of_interleaved_requests_equal_whole_sequences(name: str, t
         cache.rows_N = [row for row, _ in nodes]
         tokens_N = torch.stack([texts[row, position] for row, position in nodes])
         positions_N = torch.tensor([position for _, position in nodes])
-        for (row, _), row_logits in zip(nodes, decoder.head(decoder(tokens_N, positions_N, cache)), strict=True):
+        logits_NV = decoder.head(decoder(tokens_N, positions_N, cache))
+        for (row, _), row_logits in zip(nodes, logits_NV, strict=True):
             logits[row].append(row_logits)
     packed = torch.stack([torch.stack(logits[row]) for row in chunks])
     torch.testing.assert_close(packed, decoder.logits(texts), atol=TOLERANCE, rtol=0)

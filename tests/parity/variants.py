@@ -11,16 +11,19 @@ import transformers
 POSITIONS = 64
 
 _llama = {
-    "vocab_size": 97, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3, "num_attention_heads": 6,
-    "num_key_value_heads": 6, "max_position_embeddings": POSITIONS, "tie_word_embeddings": False,
+    "vocab_size": 97, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3,
+    "num_attention_heads": 6, "num_key_value_heads": 6, "max_position_embeddings": POSITIONS,
+    "tie_word_embeddings": False,
 }
 _grouped = _llama | {"num_key_value_heads": 2}
 _opt = {
     "vocab_size": 97, "hidden_size": 48, "ffn_dim": 80, "num_hidden_layers": 3, "num_attention_heads": 6,
     "max_position_embeddings": POSITIONS, "word_embed_proj_dim": 48,
 }
-_llama3 = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-           "original_max_position_embeddings": 32}
+_llama3 = {
+    "rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
 
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "opt": ("OPT", _opt),
