@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +31,7 @@ from axicon.model.weights import Place, ignorable, set_parameter, weight_map, wh
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-__all__ = ["cache_dir", "digest", "load", "load_tokenizer", "model_id", "resolve", "shape_of"]
+__all__ = ["cache_dir", "check", "digest", "load", "load_tokenizer", "model_id", "resolve", "shape_of"]
 
 
 def resolve(name: str | Path, *, offline: bool | None = None, revision: str | None = None) -> Path:
@@ -89,23 +90,32 @@ def load(
     misshapen or non-finite tensor, for digests that differ from the manifest, and when memory would not
     suffice.
     """
-    decoder, stored, dtype, manifest = _look(path, dtype, blocks)
-    places, folder = weight_map(decoder), resolve(path)
-    _fill(decoder, stored, places, dtype, non_finite=frozenset(manifest.get("non_finite", ())))
-    _check_tied(folder, decoder, stored)
-    return decoder.eval()
+    plan = _plan(path, dtype, blocks)
+    _fill(plan)
+    _check_tied(plan)
+    return plan.decoder.eval()
 
 
 def check(path: str | Path, *, dtype: torch.dtype | None = torch.bfloat16) -> ModelShape:
-    """Raise what `load` would, as far as headers tell: names, shapes, memory. Quick: no weight is read."""
-    decoder, _, _, _ = _look(path, dtype, None)
-    return decoder.shape
+    """Raise what `load` would, as far as headers tell: names, shapes, digests, memory. No weight is read."""
+    return _plan(path, dtype, None).decoder.shape
 
 
-def _look(
-    path: str | Path, dtype: torch.dtype | None, blocks: range | None
-) -> tuple[Decoder, Mapping[str, Stored], torch.dtype, dict[str, Any]]:
-    """The decoder without memory, where its weights are stored, what they become, and the manifest."""
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """All that is known before the first weight is read."""
+
+    folder: Path
+    decoder: Decoder
+    """Without memory yet."""
+    stored: Mapping[str, Stored]
+    places: Mapping[str, Place]
+    dtype: torch.dtype
+    non_finite: frozenset[str]
+    """Tensors whose manifest declares NaN or infinite values."""
+
+
+def _plan(path: str | Path, dtype: torch.dtype | None, blocks: range | None) -> _Plan:
     folder = resolve(path)
     shape = shape_of(folder)
     manifest = _manifest(folder)
@@ -118,7 +128,7 @@ def _look(
     if dtype is None:
         dtype = stored[next(iter(places))].entry.dtype
     _check_memory(folder, decoder, dtype)
-    return decoder, stored, dtype, manifest
+    return _Plan(folder, decoder, stored, places, dtype, frozenset(manifest.get("non_finite", ())))
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
@@ -211,37 +221,35 @@ def _check_memory(folder: Path, decoder: Decoder, dtype: torch.dtype) -> None:
             "or use dtype=bfloat16")
 
 
-def _fill(
-    decoder: Decoder, stored: Mapping[str, Stored], places: Mapping[str, Place], dtype: torch.dtype,
-    non_finite: frozenset[str],
-) -> None:
+def _fill(plan: _Plan) -> None:
     """Copy every tensor into place, file by file, and look for NaN and Inf in what was copied."""
     values: dict[str, torch.Tensor] = {}
-    for name in sorted(places, key=lambda name: stored[name].place):
-        place, source = places[name], stored[name]
+    for name in sorted(plan.places, key=lambda name: plan.stored[name].place):
+        place, source = plan.places[name], plan.stored[name]
         if place.parameter not in values:
-            empty = torch.empty(decoder.get_parameter(place.parameter).shape, dtype=dtype)
-            values[place.parameter] = empty
+            shape = plan.decoder.get_parameter(place.parameter).shape
+            values[place.parameter] = torch.empty(shape, dtype=plan.dtype)
         target = values[place.parameter]
         if place.rows is not None:
             target = target[place.rows]
         target.copy_(source.tensor())
         source.file.forget()
         # Smallest and largest are NaN if any element is: one pass, nothing allocated.
-        if name not in non_finite and not all(x.isfinite() for x in target.aminmax()):
+        if name not in plan.non_finite and not all(x.isfinite() for x in target.aminmax()):
             raise AxiconError(
                 f"{source.file.path}: {source.name} holds NaN or infinite values as "
-                f"{str(dtype).removeprefix('torch.')}; the file is damaged, or the model needs float32")
+                f"{str(plan.dtype).removeprefix('torch.')}; the file is damaged, or the model needs float32")
     for parameter, value in values.items():
-        set_parameter(decoder, parameter, nn.Parameter(value, requires_grad=False))
+        set_parameter(plan.decoder, parameter, nn.Parameter(value, requires_grad=False))
 
 
-def _check_tied(folder: Path, decoder: Decoder, stored: Mapping[str, Stored]) -> None:
+def _check_tied(plan: _Plan) -> None:
     """A head stored although it is tied must be the embedding, or the config is wrong about the model."""
+    decoder, stored = plan.decoder, plan.stored
     if not (decoder.shape.tie_head and decoder.has_head and "lm_head.weight" in stored):
         return
     ours, theirs = decoder.lm_head.weight, stored["lm_head.weight"].tensor()
     if ours.shape != theirs.shape or not torch.equal(ours, theirs.to(ours.dtype)):
         raise AxiconError(
-            f"{folder}: lm_head.weight differs from the embedding although config.json ties them; "
+            f"{plan.folder}: lm_head.weight differs from the embedding although config.json ties them; "
             "set tie_word_embeddings to false if the head is the model's own")

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from axicon.errors import AxiconError
 from axicon.model import cachedir, checkpoint
-from axicon.model.checkpoint import digest, load, model_id, resolve, shape_of
+from axicon.model.checkpoint import check, digest, load, model_id, resolve, shape_of
+from axicon.model.tensorfile import TensorFile
 from tests.parity.variants import saved
 
 TOKENS = torch.arange(20)[None]
@@ -137,6 +138,20 @@ def test_too_little_memory_is_found_before_loading(model: Path, monkeypatch: pyt
         load(model)
     monkeypatch.setattr(checkpoint, "available_memory", lambda: 10**9)
     load(model)
+
+
+def test_a_model_can_be_checked_without_reading_its_weights(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as unread:
+        unread.setattr(TensorFile, "tensor", lambda *_: pytest.fail("a weight was read"))
+        assert check(model) == shape_of(model)
+        unread.setattr(checkpoint, "available_memory", lambda: 1000)
+        with pytest.raises(AxiconError, match="memory"):
+            check(model)
+    rewrite(model, lambda w: w.pop("model.norm.weight"))
+    with pytest.raises(AxiconError, match="missing"):
+        check(model)
 
 
 def test_the_smaller_of_machine_and_container_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
