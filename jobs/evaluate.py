@@ -121,7 +121,7 @@ class Subject:
 
         runner = LocalRunner(self.decoder, model_digest=self.digest)
         self.fingerprint = runner.fingerprint
-        return Engine(runner, self.tokenizer, eos_ids=self.decoder.shape.eos_ids, limits=Limits())
+        return Engine(runner, self.tokenizer, eos_ids=self.decoder.shape.eos_ids, limits=Limits(max_stops=64))
 
     def describe(self) -> dict[str, Any]:
         """How the figures came to be."""
