@@ -20,6 +20,8 @@ class Answer:
         self._choices = [Choice(index) for index in range(len(plan.requests))]
         self._per_prompt = len(plan.requests) // plan.prompts
         self._opened: set[int] = set()
+        self.trouble: ApiError | None = None
+        """Why the events end early, once they do."""
 
     def add(self, delta: Delta) -> None:
         """Take one delta. Raises ApiError when it says that the request failed."""
@@ -27,10 +29,17 @@ class Answer:
         self._choices[self._index[delta.request_id]].add(delta)
 
     def events(self, deltas: Sequence[Delta]) -> bytes:
-        """Take deltas and give them back as events. Raises ApiError when one says that the request failed."""
+        """Take deltas and give them back as events, up to the one that says that the request failed:
+        `trouble` holds what it says. Raises it when nothing came before."""
         text = ""
         for delta in deltas:
-            check(delta)
+            try:
+                check(delta)
+            except ApiError as trouble:
+                self.trouble = trouble
+                if not text:
+                    raise
+                break
             index = self._index[delta.request_id]
             if index not in self._opened:
                 self._opened.add(index)

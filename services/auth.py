@@ -11,12 +11,15 @@ from __future__ import annotations
 import hashlib
 import hmac
 import ipaddress
+import logging
 from collections.abc import Callable, Iterable
 
 from starlette.datastructures import Headers
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from services.errors import ApiError
+from services.errors import ApiError, api_error
+
+log = logging.getLogger(__name__)
 
 OPEN = frozenset({"/", "/health", "/pages/playground.js", "/pages/playground.css", "/pages/icon.svg"})
 """Paths that answer without a key."""
@@ -85,19 +88,32 @@ def is_loopback(host: str) -> bool:
 
 
 class Gate:
-    """ASGI middleware that asks `Access` before any route does, unknown paths included."""
+    """ASGI middleware that asks `Access` before any route does, unknown paths included, and turns a defect of
+    a route into a 500 without giving up the connection."""
 
     def __init__(self, app: ASGIApp, get_access: Callable[[], Access]) -> None:
         self.app = app
         self.get_access = get_access
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http":
-            try:
-                path = scope["path"].removeprefix(scope.get("root_path", ""))
-                client = scope.get("client")
-                self.get_access().check(path, Headers(scope=scope), client[0] if client else None)
-            except ApiError as refusal:
-                await refusal.response()(scope, receive, send)
-                return
-        await self.app(scope, receive, send)
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        started = False
+
+        async def send_on(message: Message) -> None:
+            nonlocal started
+            started = True
+            await send(message)
+
+        try:
+            path = scope["path"].removeprefix(scope.get("root_path", ""))
+            client = scope.get("client")
+            self.get_access().check(path, Headers(scope=scope), client[0] if client else None)
+            await self.app(scope, receive, send_on)
+        except Exception as error:
+            if started:
+                raise
+            if not isinstance(error, ApiError):
+                log.exception("a request to %s failed", scope["path"][:200])
+            await api_error(error).response()(scope, receive, send)

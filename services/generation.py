@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from axicon.generate.request import Delta, Overloaded, Request
+from axicon.generate.request import Delta, Limits, Overloaded, Request
 from axicon.recipe import ServeRecipe
 from services.auth import Access
 from services.errors import ApiError
@@ -44,7 +44,26 @@ def engine_thread(recipe: ServeRecipe) -> EngineThread:
     from axicon.generate.build import build_engine
     from axicon.generate.thread import EngineThread
 
-    return EngineThread(lambda: build_engine(recipe))
+    limits = Limits(
+        max_queue=recipe.max_queue,
+        max_model_len=recipe.max_model_len,
+        max_logprobs=recipe.limits.logprobs,
+        max_stops=recipe.limits.stops,
+        max_logit_bias=recipe.limits.logit_bias,
+    )
+    return EngineThread(
+        lambda: build_engine(
+            recipe.model,
+            dtype=recipe.dtype,
+            threads=recipe.threads,
+            kv_gib=recipe.kv_gib,
+            max_rows=recipe.max_rows,
+            prefill_chunk=recipe.prefill_chunk,
+            revision=recipe.revision,
+            offline=recipe.offline,
+            limits=limits,
+        )
+    )
 
 
 class GenerationServer:
@@ -129,8 +148,7 @@ class GenerationServer:
         stream = Stream([request.id for request in requests], self._release)
         mailbox.attach(stream)
         try:
-            for request in requests:
-                self.thread.submit(request, mailbox.post)
+            self.thread.submit_all(requests, mailbox.post)
         except BaseException:
             stream.close()
             raise
@@ -190,7 +208,7 @@ class GenerationServer:
         return Served(
             name=self.recipe.served_name or engine.model_name,
             text=text,
-            vocab=text.size,
+            vocab=engine.runner.capacity.vocab,
             max_len=engine.max_model_len,
             created=int(time.time()),
             fingerprint=self.thread.fingerprint,

@@ -46,7 +46,7 @@ def make_api(get_server: Callable[[], GenerationServer]) -> FastAPI:
     """The application over one server."""
     api = FastAPI(title="axicon", docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
     api.add_middleware(Gate, get_access=lambda: get_server().access)
-    for kind in (ApiError, RequestError, Overloaded, Exception):
+    for kind in (ApiError, RequestError, Overloaded):
         api.add_exception_handler(kind, _on_api_error)
     api.add_exception_handler(HTTPException, _on_http_error)
     api.add_exception_handler(ClientDisconnect, _on_disconnect)
@@ -211,8 +211,10 @@ async def events(stream: Stream, result: Answer, first: bytes) -> AsyncIterator[
     piece."""
     yield first
     try:
-        while deltas := await stream.read():
+        while result.trouble is None and (deltas := await stream.read()):
             yield result.events(deltas)
+        if result.trouble is not None:
+            raise result.trouble
         yield result.closing()
     except Exception as error:
         log.warning("a stream ended early: %s", error)

@@ -62,6 +62,12 @@ TOKEN = {"token": TEXT, "logprob": NUMBER, "bytes": a_list(INTEGER)}
 CHAT_LOGPROBS = an_object(
     content=a_list(an_object(**TOKEN, top_logprobs=a_list(an_object(**TOKEN)))), refusal={"type": "null"}
 )
+EVENT: Schema = {
+    "type": "object",
+    "properties": {"data": {"type": "string", "contentMediaType": "application/json"}},
+    "required": ["data"],
+    "description": "One event: a chunk as JSON, or the word [DONE] at the end.",
+}
 MODEL = an_object(id=TEXT, object=one_of("model"), created=INTEGER, owned_by=TEXT, max_model_len=INTEGER)
 
 
@@ -142,7 +148,7 @@ def describe(recipe: ServeRecipe, served: Served) -> Schema:
 
 
 def _paths(served: Served) -> Schema:
-    events = {"text/event-stream": {"schema": TEXT}}
+    events = {"text/event-stream": {"schema": EVENT}}
     name = {"name": "name", "in": "path", "required": True, "schema": {"enum": [served.name]}}
     return {
         "/v1/completions": {"post": _post("Continue a text", "CompletionBody", "Completion", events)},

@@ -49,10 +49,14 @@ def read_prompts(value: object) -> tuple[str | tuple[int, ...], ...]:
 
 def read_ids(value: object) -> tuple[int, ...]:
     """Token ids."""
-    ids = [] if value is None else value
-    if not isinstance(ids, list) or not all(type(item) is int for item in ids):
+    if not isinstance(value, list) or not all(type(item) is int for item in value):
         raise ValueError("must be a list of token ids")
-    return tuple(ids)
+    return tuple(value)
+
+
+def read_stop_ids(value: object) -> tuple[int, ...]:
+    """Token ids, or null for none."""
+    return () if value is None else read_ids(value)
 
 
 def read_stops(value: object) -> tuple[str, ...]:
@@ -167,7 +171,7 @@ class Sampling(Body):
     n: int | None = Field(None, ge=1)
     seed: Seed | None = None
     stop: Annotated[tuple[str, ...], PlainValidator(read_stops), WithJsonSchema(STOP)] = ()
-    stop_token_ids: Annotated[tuple[int, ...], PlainValidator(read_ids), WithJsonSchema(STOP_IDS)] = ()
+    stop_token_ids: Annotated[tuple[int, ...], PlainValidator(read_stop_ids), WithJsonSchema(STOP_IDS)] = ()
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     temperature: float | None = Field(None, ge=0, le=2)
@@ -207,7 +211,7 @@ class Message(Body):
 class ChatBody(Sampling):
     """`POST /v1/chat/completions`."""
 
-    messages: Annotated[list[Message], FailFast(), Field(min_length=1, max_length=4096)]
+    messages: Annotated[list[Message], FailFast(), Field(min_length=1, max_length=2048)]
     logprobs: bool | None = None
     max_completion_tokens: int | None = Field(None, ge=1)
     max_tokens: int | None = Field(None, ge=1)

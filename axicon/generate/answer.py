@@ -28,6 +28,7 @@ class Answer:
         self._stop = StopText(params.stop)
         self._tokens = 0
         self._prompt_logprobs: list[TokenLogprob] = []
+        self._prompt_owed = params.prompt_logprobs is not None
 
     def sampling(self, position: int) -> Row:
         """How the token at this absolute position is chosen."""
@@ -83,8 +84,9 @@ class Answer:
 
     def _take_prompt_logprobs(self) -> tuple[TokenLogprob, ...] | None:
         """Once, when complete: one entry per prompt token, with the offsets of their texts."""
-        if len(self._prompt_logprobs) != len(self.request.prompt) - 1 or self.request.params.prompt_logprobs is None:
+        if not self._prompt_owed or len(self._prompt_logprobs) != len(self.request.prompt) - 1:
             return None
+        self._prompt_owed = False
         entries = [TokenLogprob(self.request.prompt[0], None), *self._prompt_logprobs]
         self._prompt_logprobs = []
         text = Detokenizer(self._tokenizer)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import codecs
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
@@ -61,7 +61,12 @@ class FakeThread:
     ) -> None:
         tokenizer = byte_tokenizer(template)
         self.recipe = recipe
-        self.engine = SimpleNamespace(tokenizer=tokenizer, model_name="fake", max_model_len=max_model_len)
+        self.engine = SimpleNamespace(
+            tokenizer=tokenizer,
+            model_name="fake",
+            max_model_len=max_model_len,
+            runner=SimpleNamespace(capacity=SimpleNamespace(vocab=len(tokenizer))),
+        )
         self.fingerprint = "fake-1"
         self.error: BaseException | None = None
         self.step_s = step_s
@@ -86,10 +91,11 @@ class FakeThread:
         self._going.set()
         self._thread.join(5)
 
-    def submit(self, request: Request, on_delta: Callable[[Delta], None]) -> None:
+    def submit_all(self, requests: Sequence[Request], on_delta: Callable[[Delta], None]) -> None:
         with self._lock:
-            self.last.append(request)
-            self.waiting[request.id] = Running(request, on_delta)
+            for request in requests:
+                self.last.append(request)
+                self.waiting[request.id] = Running(request, on_delta)
 
     def cancel(self, name: str) -> None:
         with self._lock:

@@ -225,6 +225,11 @@ def test_required_fields_are_named(kind: type[Body], body: Any, param: str) -> N
     assert refusal(kind, body) == (param, "missing_field")
 
 
+@pytest.mark.parametrize("tokens", [None, 5, "a", [1.0], [True], [None]])
+def test_tokens_to_detokenize_are_a_list_of_ids(tokens: Any) -> None:
+    assert refusal(DetokenizeBody, {"tokens": tokens}) == ("tokens", "invalid_value")
+
+
 def test_no_messages_are_refused() -> None:
     assert refusal(ChatBody, {"messages": []})[0] == "messages"
 
