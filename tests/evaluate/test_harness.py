@@ -10,11 +10,12 @@ import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from axicon.errors import AxiconError
 from axicon.evaluate.harness import AxiconLM
 from axicon.generate.request import Delta, Overloaded, Request, RequestError
+from tests.evaluate.tiny import tiny_llama
 
 LENGTH = 64
 
@@ -41,20 +42,7 @@ class Reference:
 
 @pytest.fixture(scope="module")
 def hf() -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=400,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=LENGTH,
-        bos_token_id=0,
-        eos_token_id=1,
-        initializer_range=0.5,
-    )
-    return LlamaForCausalLM(config).eval()
+    return tiny_llama(LENGTH)
 
 
 @pytest.fixture
