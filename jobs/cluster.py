@@ -7,12 +7,11 @@ ends every process it started, however the block is left. Two of them run beside
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import logging
 import os
 import secrets
-import shutil
 import socket
+import subprocess
 import sys
 import sysconfig
 import tempfile
@@ -20,18 +19,16 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import psutil
 import yaml
 from pydantic import Field
 
 from axicon.errors import AxiconError
 from axicon.recipe import Recipe
 
-PR_SET_CHILD_SUBREAPER = 36
 FLOOR_MIB = 75
 """Ray refuses an object store smaller than this."""
-LONGEST_BASE = 24
-"""Characters. Socket paths end at 107, and Ray needs 70 of them."""
+LONGEST_BASE = 20
+"""Characters. HAProxy takes socket paths of 97, and Ray puts a node's name of 57 into them."""
 
 
 class LocalNode(Recipe):
@@ -101,18 +98,17 @@ def private_folder() -> Path:
 
 def environment(metadata: Metadata, folder: Path) -> dict[str, str]:
     """All that Ray must find in the environment; what it would share with others is moved to `folder`."""
-    haproxy = folder / "haproxy"
     stats, metrics, fallback = free_ports(3)
     env = {
         **metadata.env,
         **metadata.local.env,
         "RAY_TMPDIR": str(folder),
         "RAY_AUTH_TOKEN_PATH": str(folder / "token"),
-        "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(haproxy / "haproxy.cfg"),
-        "RAY_SERVE_HAPROXY_SOCKET_PATH": str(haproxy / "admin.sock"),
-        "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(haproxy / "metrics.sock"),
-        "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(haproxy),
-        "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(haproxy / "server-state"),
+        "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(folder / "haproxy.cfg"),
+        "RAY_SERVE_HAPROXY_SOCKET_PATH": str(folder / "a.sock"),
+        "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(folder / "m.sock"),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(folder),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(folder / "server-state"),
         "RAY_SERVE_HAPROXY_STATS_PORT": str(stats),
         "RAY_SERVE_HAPROXY_METRICS_PORT": str(metrics),
         "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(fallback),
@@ -142,26 +138,19 @@ def local_ray(
     if "ray" in sys.modules:
         raise RuntimeError("local_ray must run before ray is imported: Ray would not see its settings")
     folder = private_folder()
-    before = {process.pid for process in _descendants()}
-    with _adopting_orphans():
+    with _reaped(folder), _variables(environment(metadata, folder)):
+        _start(metadata.local, folder, dashboard_port, debug)
         try:
-            with _variables(environment(metadata, folder)):
-                _start(metadata.local, folder, dashboard_port, debug)
-                try:
-                    yield folder
-                finally:
-                    with contextlib.nullcontext() if debug else _quiet():
-                        _shut_down()
+            yield folder
         finally:
-            end([process for process in _descendants() if process.pid not in before])
-            shutil.rmtree(folder, ignore_errors=True)
+            with contextlib.nullcontext() if debug else _quiet():
+                _shut_down()
 
 
 def _start(node: LocalNode, folder: Path, dashboard_port: int | None, debug: bool) -> None:
     token = folder / "token"
     token.touch(mode=0o600)
     token.write_text(secrets.token_hex(32))
-    (folder / "haproxy").mkdir()
     import ray
 
     counts = dict(node.resources)
@@ -197,6 +186,17 @@ def _shut_down() -> None:
 
 
 @contextlib.contextmanager
+def _reaped(folder: Path) -> Iterator[None]:
+    """When the block is left, or this process killed in it, `folder` goes, and every process that uses it.
+
+    The one who sees to it has a session of its own, where no Ctrl-C of a terminal reaches it.
+    """
+    command = [sys.executable, "-m", "jobs.reaper", str(folder)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True):
+        yield  # leaving closes its standard input, which it waits for, and waits for its end
+
+
+@contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Without what Ray says at its end: it calls the end of its own controller a failure, which it is not."""
     with (
@@ -205,35 +205,6 @@ def _quiet() -> Iterator[None]:
         contextlib.redirect_stdout(nowhere),
     ):
         yield
-
-
-def end(processes: list[psutil.Process], patience_s: float = 3.0) -> None:
-    """Terminate these processes, and kill those that are still there after a while."""
-    for process in processes:
-        with contextlib.suppress(psutil.Error):
-            process.terminate()
-    _, alive = psutil.wait_procs(processes, timeout=patience_s)
-    for process in alive:
-        with contextlib.suppress(psutil.Error):
-            process.kill()
-    psutil.wait_procs(alive, timeout=patience_s)
-
-
-def _descendants() -> list[psutil.Process]:
-    return psutil.Process().children(recursive=True)
-
-
-@contextlib.contextmanager
-def _adopting_orphans() -> Iterator[None]:
-    """Become the parent of every descendant whose own parent ends, so that none is lost (Linux)."""
-    linux = sys.platform.startswith("linux")
-    if linux:
-        ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)
-    try:
-        yield
-    finally:
-        if linux:
-            ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 0)
 
 
 @contextlib.contextmanager

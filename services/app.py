@@ -35,14 +35,14 @@ class Generator(GenerationServer):
 def close_peer_port() -> None:
     """Keep Serve from opening this replica to calls by other deployments, which it does once this is up.
 
-    Serve opens that port on every interface, asks for no token, and unpickles what arrives: whoever reaches it
-    runs code here. No setting turns it off. Nothing calls this deployment but HTTP, so it gets no such port.
+    Serve opens that port on every interface, asks for no token, and unpickles what arrives: whoever reaches
+    it runs code here. No setting turns it off. Nothing calls this deployment but HTTP: it gets no such port.
     """
     from ray.serve._private import replica
 
     if not hasattr(replica, "add_port_to_grpc_server"):
         raise RuntimeError("this Ray opens its replicas in a way that axicon does not know how to close")
-    replica.add_port_to_grpc_server = lambda server, address: 0  # type: ignore[assignment]
+    replica.add_port_to_grpc_server = lambda server, address: 0
 
 
 def build(args: ServeRecipe) -> Application:
