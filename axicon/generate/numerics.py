@@ -39,6 +39,10 @@ class NumericsPath:
         return f"blocks in tiles of {self.body_tile}, head in tiles of {self.head_tile}, chunks {chunks} decode rows"
 
 
+ANY_ROWS = NumericsPath(1, 1, True)
+"""Where a row's bits are its own by construction."""
+
+
 def padded(rows: int, tile: int) -> int:
     return -(-rows // tile) * tile
 

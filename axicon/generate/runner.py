@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Mapping, Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -12,26 +14,34 @@ from torch.nn.functional import pad
 
 from axicon.errors import AxiconError
 from axicon.generate.attend import StepAttention
-from axicon.generate.numerics import bits, choose_path, padded
-from axicon.generate.spans import Span, committed_paths, renumber, split_spans
+from axicon.generate.numerics import ANY_ROWS, bits, choose_path, padded
+from axicon.generate.spans import Span, committed_paths, native_rows, renumber, split_spans
 from axicon.model.cache import KVCache, size_class
 from axicon.model.decoder import Decoder
+from axicon.model.native import NativeDecoder, why_not
+from axicon.model.packed import formats
 from axicon.model.machine import available_memory
 from axicon.protocols import Capacity, StepInput, StepOutput
 
+log = logging.getLogger("axicon")
+
 DEFAULT_KV_BYTES = 4 << 30
+
+Kernels = Literal["auto", "torch", "native"]
+"""Who computes a step: the decoder in torch, the C++ kernels, or those where they can and torch otherwise."""
 
 
 class LocalRunner:
     """Computes steps with the whole model.
 
-    kv_bytes bounds the KV cache; None takes 4 GiB, or a quarter of the memory that is free if that is less. Raises
-    AxiconError when that does not hold one short request.
+    kv_bytes bounds the KV cache; None takes 4 GiB, or a quarter of the memory that is free if that is less.
+    Raises AxiconError when that does not hold one short request, or when `kernels` is "native" and they
+    cannot run this model. The C++ kernels take the weights out of `decoder`.
     """
 
     def __init__(
         self, decoder: Decoder, *, kv_bytes: int | None = None, max_rows: int = 64, prefill_chunk: int = 256,
-        model_digest: str = "",
+        model_digest: str = "", kernels: Kernels = "torch",
     ) -> None:
         if kv_bytes is None:
             kv_bytes = min(DEFAULT_KV_BYTES, (available_memory() or DEFAULT_KV_BYTES) // 4)
@@ -49,7 +59,9 @@ class LocalRunner:
             prefill_chunk=prefill_chunk, bytes_per_slot=self.cache.bytes_per_slot,
             vocab=decoder.shape.vocab,
         )  # fmt: skip
-        self.path = choose_path(decoder, max_rows, prefill_chunk)
+        self._formats = sorted(formats(decoder))
+        self.native = _native(decoder, kernels)
+        self.path = ANY_ROWS if self.native else choose_path(decoder, max_rows, prefill_chunk)
         self._fingerprint = self._make_fingerprint()
         self._previous: list[Span] = []
 
@@ -72,7 +84,8 @@ class LocalRunner:
 
         return {
             "model": self._digest,
-            "format": sorted({str(p.dtype).removeprefix("torch.") for p in self.decoder.parameters()}),
+            "format": self._formats,
+            "kernels": self.native.version if self.native else "torch",
             "kv": str(self.cache.pool.dtype).removeprefix("torch."),
             "path": str(self.path),
             "prefill_chunk": self._capacity.prefill_chunk,
@@ -86,6 +99,8 @@ class LocalRunner:
 
     def same_bits_with(self, threads: int) -> bool:
         """Whether blocks and head compute the same bits with this many threads as now."""
+        if self.native:
+            return True
         now = torch.get_num_threads()
         ours = bits(self.decoder)
         torch.set_num_threads(threads)
@@ -97,7 +112,8 @@ class LocalRunner:
     def set_threads(self, threads: int) -> None:
         """Compute with this many threads from now on, under a new fingerprint. Costs a probe."""
         torch.set_num_threads(threads)
-        self.path = choose_path(self.decoder, self._capacity.max_rows, self._capacity.prefill_chunk)
+        if not self.native:
+            self.path = choose_path(self.decoder, self._capacity.max_rows, self._capacity.prefill_chunk)
         self._fingerprint = self._make_fingerprint()
 
     def _make_fingerprint(self) -> str:
@@ -154,6 +170,9 @@ class LocalRunner:
 
     def _compute(self, step: StepInput, spans: list[Span]) -> Tensor:
         """Logits (W, V) of the wanted nodes in the order of the step."""
+        if self.native:
+            caches = [self.cache.rows[span.row] for span in spans]
+            return self.native.forward(native_rows(step, spans, caches))
         passes = self._passes(spans)
         if len(passes) == 1:
             return self._logits(step.tokens_N, step.positions_N, step.wanted_N, spans)
@@ -186,3 +205,15 @@ class LocalRunner:
             return torch.empty(0, self.decoder.shape.vocab)
         extra = 0 if alone else padded(wanted, self.path.head_tile) - wanted
         return self.decoder.head(pad(x_WD, (0, 0, 0, extra)))[:wanted]
+
+
+def _native(decoder: Decoder, kernels: Kernels) -> NativeDecoder | None:
+    if kernels == "torch":
+        return None
+    reason = why_not(decoder)
+    if reason is None:
+        return NativeDecoder(decoder)
+    if kernels == "native":
+        raise AxiconError(f"the C++ kernels cannot run this model: {reason}; kernels=torch serves it, slower")
+    log.warning("steps run in torch, slower than the C++ kernels, because %s", reason)
+    return None

@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from axicon.model.cache import RowCache
+from axicon.model.native import Rows
 from axicon.protocols import StepInput
 
 
@@ -84,6 +87,28 @@ def committed_paths(spans: Sequence[Span], commits: Sequence[int]) -> dict[int, 
             raise ValueError(f"commit of node {node} does not follow the committed path of its row")
         path.append(offset)
     return paths
+
+
+def native_rows(step: StepInput, spans: Sequence[Span], caches: Sequence[RowCache]) -> Rows:
+    """The step as the C++ kernels read it."""
+    hidden = None if all(span.chain for span in spans) else _hidden(spans)
+    return Rows(
+        step.tokens_N, step.positions_N,
+        [i for i, span in enumerate(spans) for _ in range(len(span))],
+        [offset for span in spans for offset in range(len(span))],
+        caches, step.wanted_N.nonzero().flatten().tolist(), hidden,
+    )  # fmt: skip
+
+
+def _hidden(spans: Sequence[Span]) -> np.ndarray:
+    """uint64 (N, words): bit j of a node's row says that it does not see staged node j of its request."""
+    words = -(-max(len(span) for span in spans) // 64)
+    rows = []
+    for span in spans:
+        bits = np.zeros((len(span), words * 64), dtype=bool)
+        bits[:, : len(span)] = ~span.ancestors().numpy()
+        rows.append(np.packbits(bits, axis=1, bitorder="little").view("<u8"))
+    return np.ascontiguousarray(np.concatenate(rows))
 
 
 def renumber(spans: Sequence[Span]) -> list[Span]:

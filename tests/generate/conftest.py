@@ -63,3 +63,17 @@ def make_step() -> Callable[..., StepInput]:
         )
 
     return step
+
+
+class Letters:
+    """One character per token, none special."""
+
+    all_special_ids = ()
+
+    def decode(self, token_ids, *, skip_special_tokens, clean_up_tokenization_spaces):
+        return "".join(chr(64 + i) for i in token_ids)
+
+
+@pytest.fixture(scope="session")
+def letters() -> Letters:
+    return Letters()

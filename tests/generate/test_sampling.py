@@ -65,7 +65,7 @@ def test_draws_follow_their_probabilities(vary):
     counts = torch.bincount(chosen // 1000, minlength=16).double()
     chi = float(((counts - count * probs) ** 2 / (count * probs)).sum())
     assert chi < CHI_SQUARE_LIMIT
-    assert chi > 1.5, "a fit this good is not random (lower quantile at about 1e-6)"
+    assert chi > 1.5, "a fit this good is not random (4e-6 of right samplers come this close)"
 
 
 def test_neighbouring_draws_are_independent():
