@@ -33,7 +33,7 @@ test-ray: setup  ## Run only the tests that start Ray
 check: setup  ## Lint, types, and who may import whom
 	$(BIN)/ruff check
 	$(BIN)/mypy
-	$(BIN)/lint-imports
+	$(BIN)/lint-imports --no-logo
 
 bench: setup  ## Measure decoding beside transformers on this machine
 	$(BIN)/python benchmarks/decode.py $(ARGS)

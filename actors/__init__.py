@@ -1,1 +1,1 @@
-"""State that lives on GPUs: actors that hold shards of a model. `ray.remote` is applied here and nowhere else."""
+"""State that lives on GPUs: actors that hold shards of a model. `ray.remote` is applied here only."""

@@ -1,0 +1,1 @@
+"""Generation: requests in, tokens out. `engine` is the loop, `runner` computes its steps."""
