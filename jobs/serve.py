@@ -25,6 +25,7 @@ import psutil
 from axicon.errors import AxiconError, RunFailed
 from axicon.recipe import LocalServeRecipe, ServeRecipe
 from jobs import cluster
+from jobs.prepare import prepare
 from jobs.progress import Reporter
 
 APPLICATION = "generate"
@@ -125,18 +126,6 @@ def _holder(port: int) -> str:
             if connection.status == "LISTEN" and connection.laddr.port == port and connection.pid:
                 return f" by {psutil.Process(connection.pid).name()} (process {connection.pid})"
     return ""
-
-
-def prepare(recipe: LocalServeRecipe) -> LocalServeRecipe:
-    """The recipe with its model found, made or fetched, and looked at. Raises AxiconError."""
-    import torch
-
-    from axicon.model import checkpoint
-
-    folder = checkpoint.resolve(recipe.model, offline=recipe.offline, revision=recipe.revision)
-    checkpoint.check(folder, dtype=getattr(torch, recipe.dtype))
-    name = recipe.served_name or checkpoint.model_id(recipe.model)
-    return recipe.model_copy(update={"model": str(folder), "revision": None, "served_name": name})
 
 
 def deploy(recipe: LocalServeRecipe, *, debug: bool = False) -> None:

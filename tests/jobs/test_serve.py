@@ -16,6 +16,7 @@ import pytest
 from axicon.errors import AxiconError
 from axicon.recipe import LocalServeRecipe, ServeRecipe
 from jobs import serve
+from jobs.prepare import look, prepare
 
 
 def recipe(**values: object) -> LocalServeRecipe:
@@ -85,7 +86,7 @@ def test_a_name_that_is_no_address(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_model_that_cannot_be_served_is_one_line(tmp_path: Path, make: object, says: str) -> None:
     path = make(tmp_path)  # type: ignore[operator]
     with pytest.raises(AxiconError) as caught:
-        serve.prepare(recipe(model=str(path)))
+        look(recipe(model=str(path)))
     assert says in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -117,18 +118,26 @@ def test_a_broken_safetensors_header_is_found_before_anything_is_started(tmp_pat
     folder = _model(tmp_path, LLAMA)
     _file(folder / "model.safetensors", (2**40).to_bytes(8, "little") + b"{}")
     with pytest.raises(AxiconError, match=r"model\.safetensors: .*header"):
-        serve.prepare(recipe(model=str(folder)))
+        look(recipe(model=str(folder)))
 
 
 def test_weights_that_are_missing_are_found_before_anything_is_started(tmp_path: Path) -> None:
     with pytest.raises(AxiconError, match="missing from the weights"):
-        serve.prepare(recipe(model=str(_model(tmp_path, LLAMA))))
+        look(recipe(model=str(_model(tmp_path, LLAMA))))
 
 
 def test_too_little_memory_is_found_before_anything_is_started(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("axicon.model.checkpoint.available_memory", lambda: 2**20)
     with pytest.raises(AxiconError, match=r"of memory needed for the weights, 0\.0 GiB available"):
-        serve.prepare(recipe(model="demo"))
+        look(recipe(model="demo"))
+
+
+def test_the_model_is_looked_at_in_a_process_that_does_not_stay() -> None:
+    resolved = prepare(recipe(model="demo", port=8001))
+    assert (resolved.served_name, resolved.port) == ("SmolLM2-135M-Instruct", 8001)
+    assert (Path(resolved.model) / "model.safetensors").exists()
+    with pytest.raises(AxiconError, match="none: no such file or directory"):
+        prepare(recipe(model="./none"))
 
 
 TRACEBACK = """The deployment failed to start. Error:

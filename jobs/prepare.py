@@ -1,0 +1,60 @@
+"""Finds, makes or fetches a model and looks at it, in a process of its own.
+
+That takes torch and half a gigabyte, which a command that starts a server and then only waits need not keep.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from typing import Any
+
+from axicon.errors import AxiconError, RunFailed
+from axicon.recipe import LocalServeRecipe
+
+
+def prepare(recipe: LocalServeRecipe) -> LocalServeRecipe:
+    """The recipe with its model as a directory that can be served, and its name. Raises AxiconError.
+
+    What the hub says of a download goes to standard error. A signal ends the process with this one's wait.
+    """
+    command = [sys.executable, "-m", "jobs.prepare", recipe.model_dump_json()]
+    # In a session of its own: Ctrl-C is for the command, which ends this.
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True) as process:
+        try:
+            said, _ = process.communicate()
+        except BaseException:
+            process.terminate()
+            raise
+    if process.returncode != 0:
+        raise RunFailed("the model could not be looked at; the reason is above")
+    answer = json.loads(said)
+    if "error" in answer:
+        raise AxiconError(answer["error"])
+    return recipe.model_copy(update=answer)
+
+
+def look(recipe: LocalServeRecipe) -> dict[str, Any]:
+    """What `prepare` changes in the recipe. Raises AxiconError."""
+    import torch
+
+    from axicon.model import checkpoint
+
+    folder = checkpoint.resolve(recipe.model, offline=recipe.offline, revision=recipe.revision)
+    checkpoint.check(folder, dtype=getattr(torch, recipe.dtype))
+    name = recipe.served_name or checkpoint.model_id(recipe.model)
+    return {"model": str(folder), "revision": None, "served_name": name}
+
+
+def main() -> None:
+    recipe = LocalServeRecipe.model_validate_json(sys.argv[1])
+    try:
+        answer = look(recipe)
+    except AxiconError as error:
+        answer = {"error": str(error)}
+    print(json.dumps(answer))
+
+
+if __name__ == "__main__":
+    main()
