@@ -73,14 +73,27 @@ class Answer:
         return (text, stop) if stop is not None else (text + self._stop.finish(), None)
 
     def _delta(
-        self, text: str, tokens: tuple[int, ...], logprobs: tuple[TokenLogprob, ...],
-        reason: FinishReason | None, stop: str | int | None, error: str | None = None,
+        self,
+        text: str,
+        tokens: tuple[int, ...],
+        logprobs: tuple[TokenLogprob, ...],
+        reason: FinishReason | None,
+        stop: str | int | None,
+        error: str | None = None,
     ) -> Delta:
         return Delta(
-            request_id=self.request.id, choice=self.request.choice, text=text, tokens=tokens, logprobs=logprobs,
-            prompt_logprobs=self._take_prompt_logprobs(), finish_reason=reason, stop_reason=stop, error=error,
-            prompt_tokens=len(self.request.prompt), completion_tokens=self._tokens,
-        )  # fmt: skip
+            request_id=self.request.id,
+            choice=self.request.choice,
+            text=text,
+            tokens=tokens,
+            logprobs=logprobs,
+            prompt_logprobs=self._take_prompt_logprobs(),
+            finish_reason=reason,
+            stop_reason=stop,
+            error=error,
+            prompt_tokens=len(self.request.prompt),
+            completion_tokens=self._tokens,
+        )
 
     def _take_prompt_logprobs(self) -> tuple[TokenLogprob, ...] | None:
         """Once, when complete: one entry per prompt token, with the offsets of their texts."""

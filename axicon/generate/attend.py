@@ -1,7 +1,8 @@
 """Attention of one step over the KV cache: the `attend` a decoder is called with.
 
-Every request is attended to by itself, over its live slots only, so the bits of its result cannot depend on what
-else is in the batch. Query heads of one group are folded into rows, so keys and values are never repeated.
+Every request is attended to by itself, over its live slots only, so the bits of its result cannot depend on
+what else is in the batch. Query heads of one group are folded into rows, so keys and values are never
+repeated.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ class AttendingBlock(Protocol):
 class StepAttention:
     """Stages the step's keys and values, then attends. Called once per block of one step.
 
-    `first` is the index of the runner's first block. Rows behind the last span are padding and come back as zeros.
+    `first` is the index of the runner's first block. Rows behind the last span are padding and come back as
+    zeros.
     """
 
     def __init__(self, spans: Sequence[Span], caches: Sequence[RowCache], first: int = 0) -> None:
@@ -121,7 +123,9 @@ class _SpanAttention:
             mask = self._masks[window] = self._sees(slots, self.cache.committed, window)
         return mask
 
-    def _ragged_mask(self, store: LayerCache, lengths: Sequence[int], window: int | None, live: int) -> Tensor:
+    def _ragged_mask(
+        self, store: LayerCache, lengths: Sequence[int], window: int | None, live: int
+    ) -> Tensor:
         assert store.positions_GC is not None
         tokens = len(self.span)
         mask = torch.zeros(len(lengths), 1, tokens, live, dtype=torch.bool)
@@ -131,7 +135,7 @@ class _SpanAttention:
         return mask
 
     def _sees(self, positions_S: Tensor, committed: int, window: int | None) -> Tensor:
-        """bool (T, S) for slots that hold these positions: every committed slot, and a node's own ancestors."""
+        """bool (T, S): a node sees every committed slot and its own ancestors, inside its window."""
         tokens = len(self.span)
         sees_TS = torch.ones(tokens, committed + tokens, dtype=torch.bool)
         sees_TS[:, committed:] = (

@@ -28,10 +28,20 @@ class Transform(Protocol):
 
 
 def build_engine(
-    model: str, *, dtype: Dtype = "bfloat16", threads: int | None = None, kv_gib: float | None = None,
-    max_rows: int = 64, prefill_chunk: int = 256, max_queue: int = 256, max_model_len: int | None = None,
-    revision: str | None = None, offline: bool | None = None, limits: Limits | None = None,
-    kernels: Kernels = "auto", transform: Transform | None = None,
+    model: str,
+    *,
+    dtype: Dtype = "bfloat16",
+    threads: int | None = None,
+    kv_gib: float | None = None,
+    max_rows: int = 64,
+    prefill_chunk: int = 256,
+    max_queue: int = 256,
+    max_model_len: int | None = None,
+    revision: str | None = None,
+    offline: bool | None = None,
+    limits: Limits | None = None,
+    kernels: Kernels = "auto",
+    transform: Transform | None = None,
 ) -> Engine:
     """Find, load and probe a model, in the thread that will step it.
 

@@ -1,8 +1,8 @@
 """Token ids to text, one token at a time: never half a character, never a part of a stop string.
 
-Decoding is not a concatenation: a character may be split over tokens, and some tokenizers drop the first space of
-what they decode. So the text of a token is the difference between decoding a short window with and without it, and a
-window that ends inside a character waits for more tokens.
+Decoding is not a concatenation: a character may be split over tokens, and some tokenizers drop the first
+space of what they decode. So the text of a token is the difference between decoding a short window with and
+without it, and a window that ends inside a character waits for more tokens.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ UNFINISHED = "\N{REPLACEMENT CHARACTER}"
 LONGEST_CHARACTER = 4
 """Bytes of a UTF-8 character, so at most as many tokens."""
 CONTEXT, WINDOW, LONGEST_WINDOW = 6, 24, 96
-"""A window that has grown to WINDOW tokens is cut to its last CONTEXT ones, or a few more, so that it begins with a
-whole character; broken bytes, which have no such place, are cut anywhere at LONGEST_WINDOW."""
+"""A window that has grown to WINDOW tokens is cut to its last CONTEXT ones, or a few more, so that it begins
+with a whole character; broken bytes, which have no such place, are cut anywhere at LONGEST_WINDOW.
+"""
 
 
 class Tokenizer(Protocol):
@@ -53,7 +54,7 @@ class Detokenizer:
         if not text.endswith(UNFINISHED):
             return self._take(text, 0)
         if self._pending > LONGEST_CHARACTER:
-            # Broken bytes, not an unfinished character. Hand out what lies before a place where decoding splits.
+            # Broken bytes, not an unfinished character: hand out what lies before a clean split.
             for tail in range(1, LONGEST_CHARACTER + 1):
                 head = self._decode(self._window[:-tail])
                 if head + self._decode(self._window[-tail:]) == text:

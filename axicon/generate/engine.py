@@ -1,7 +1,8 @@
 """The engine: requests in, deltas out, one step of the model at a time.
 
-A step is: take out what was cancelled or is too late, schedule, compute, sample, commit, turn into text. The engine
-belongs to one thread. After the forward pass every request is handled by itself, so one that fails ends alone.
+A step is: take out what was cancelled or is too late, schedule, compute, sample, commit, turn into text. The
+engine belongs to one thread. After the forward pass every request is handled by itself, so one that fails
+ends alone.
 """
 
 from __future__ import annotations
@@ -43,12 +44,19 @@ FAILURES_BORNE = 8
 class Engine:
     """Continuous batching over a `Runner`.
 
-    eos_ids end a request unless it asks to ignore them. `sampler` draws the tokens of requests with a temperature.
+    eos_ids end a request unless it asks to ignore them. `sampler` draws the tokens of requests with a
+    temperature.
     """
 
     def __init__(
-        self, runner: Runner, tokenizer: Tokenizer, *, eos_ids: Sequence[int], limits: Limits | None = None,
-        sampler: Sampler | None = None, model_name: str = "",
+        self,
+        runner: Runner,
+        tokenizer: Tokenizer,
+        *,
+        eos_ids: Sequence[int],
+        limits: Limits | None = None,
+        sampler: Sampler | None = None,
+        model_name: str = "",
     ) -> None:
         self.runner = runner
         self.tokenizer = tokenizer
@@ -82,7 +90,7 @@ class Engine:
         check_request(request, self.runner.capacity.vocab, self.max_model_len, self.limits)
 
     def add(self, request: Request) -> None:
-        """Queue a request. Raises RequestError for what cannot be served, Overloaded when the queue is full."""
+        """Queue a request. Raises RequestError for what cannot be served, Overloaded when it is full here."""
         self.check(request)
         key = (request.id, request.choice)
         if key in self._streams:
@@ -154,9 +162,17 @@ class Engine:
         tokens_N, positions_N, rows_N, parents_N, wanted_N, forced_N = table_N6.T.contiguous().unbind(0)
         scheduler = self._scheduler
         step = StepInput(
-            tokens_N, positions_N, rows_N, parents_N, wanted_N.bool(), torch.zeros_like(tokens_N), forced_N.bool(),
-            commits=self._commits(), releases=tuple(scheduler.releases), reserves=tuple(scheduler.reserves),
-        )  # fmt: skip
+            tokens_N,
+            positions_N,
+            rows_N,
+            parents_N,
+            wanted_N.bool(),
+            torch.zeros_like(tokens_N),
+            forced_N.bool(),
+            commits=self._commits(),
+            releases=tuple(scheduler.releases),
+            reserves=tuple(scheduler.reserves),
+        )
         scheduler.releases, scheduler.reserves = [], []
         return step
 
@@ -213,7 +229,9 @@ class Engine:
         deltas = []
         for (stream, _), token, logprob in zip(drawing, tokens, reported, strict=True):
             if token is None:
-                deltas.append(self._close(stream, "error", "the model's probabilities for this request are not numbers"))
+                deltas.append(
+                    self._close(stream, "error", "the model's probabilities for this request are not numbers")
+                )
                 continue
             try:
                 delta = self._answers[stream].accept(token, logprob)
@@ -242,7 +260,9 @@ class Engine:
     ) -> list[TokenLogprob | None]:
         """What is reported of each drawn token, for the rows that ask for it."""
         result: list[TokenLogprob | None] = [None] * len(rows)
-        asking = [r for r, row in enumerate(rows) if row.params.logprobs is not None and tokens[r] is not None]
+        asking = [
+            r for r, row in enumerate(rows) if row.params.logprobs is not None and tokens[r] is not None
+        ]
         if asking:
             top = max(rows[r].params.logprobs or 0 for r in asking)
             found = logprobs(logits_RV[asking], [tokens[r] or 0 for r in asking], top)
@@ -270,14 +290,18 @@ class Engine:
         )  # fmt: skip
 
     def _give_up(self, work: Sequence[Work], error: Exception) -> list[Delta]:
-        """A forward pass failed: end every stream it touched, keep the others. Raises after too many in a row."""
+        """A forward pass failed: end every stream it touched, keep the others. Raises after too many in a
+        row.
+        """
         log.exception("a step of %d streams failed", len(work))
         self._failures += 1
         if self._failures >= FAILURES_BORNE:
             raise error
         touched = {one.stream: None for one in (*work, *self._staged) if one.stream.row >= 0}
         self._staged = []
-        return [self._close(stream, "error", "the model failed to compute this request") for stream in touched]
+        return [
+            self._close(stream, "error", "the model failed to compute this request") for stream in touched
+        ]
 
     def _forget(self, stream: Stream, reason: FinishReason) -> None:
         self._scheduler.remove(stream)
@@ -301,7 +325,9 @@ def _longest(runner: Runner, limits: Limits) -> int:
 
 
 def _wanted(one: Work) -> range:
-    """Positions whose logits are wanted: the last one if a token is drawn there, all where a prompt is scored."""
+    """Positions whose logits are wanted: the last one if a token is drawn there, all where a prompt is
+    scored.
+    """
     params, prompt = one.stream.request.params, one.stream.request.prompt
     if params.prompt_logprobs is not None and one.start < len(prompt):
         return range(one.start, one.stop)

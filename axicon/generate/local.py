@@ -92,8 +92,8 @@ class LocalModel:
     ) -> Completion | list[Completion] | Iterator[Piece]:
         """Continue a prompt, or several together.
 
-        A list of prompts gives a list of completions, `stream=True` an iterator of pieces; dropping the iterator
-        cancels what is not finished. Raises RequestError for parameters that cannot be served.
+        A list of prompts gives a list of completions, `stream=True` an iterator of pieces; dropping the
+        iterator cancels what is not finished. Raises RequestError for parameters that cannot be served.
         """
         single = isinstance(prompt, str) or (len(prompt) > 0 and isinstance(prompt[0], int))
         prompts: Sequence[Any] = [prompt] if single else prompt
@@ -119,7 +119,7 @@ class LocalModel:
     def chat(
         self, messages: Sequence[Message], *, stream: bool = False, **params: Any
     ) -> Completion | Iterator[Piece]:
-        """Answer a conversation of `{"role": ..., "content": ...}` messages with the model's chat template."""
+        """Answer `{"role": ..., "content": ...}` messages in the model's chat template."""
         if not self.tokenizer.chat_template:
             raise AxiconError(f"{self.engine.model_name} has no chat template: use generate()")
         ids = self.tokenizer.apply_chat_template(
@@ -145,9 +145,12 @@ class LocalModel:
                 raise AxiconError(delta.error)
             if delta.text or delta.tokens or delta.finish_reason:
                 yield Piece(
-                    index=index[delta.request_id], text=delta.text, tokens=delta.tokens, logprobs=delta.logprobs,
+                    index=index[delta.request_id],
+                    text=delta.text,
+                    tokens=delta.tokens,
+                    logprobs=delta.logprobs,
                     finish_reason=delta.finish_reason,
-                )  # fmt: skip
+                )
 
     def _run(self, requests: Sequence[Request]) -> Iterator[Delta]:
         """Deltas of these requests. Steps the engine, also for other iterators that are half read."""
@@ -215,8 +218,15 @@ def _join(deltas: Sequence[Delta]) -> Completion:
 
 
 def load(
-    model: str = "demo", *, dtype: Dtype = "bfloat16", threads: int | None = None, kv_gib: float | None = None,
-    max_rows: int = 64, prefill_chunk: int = 256, max_model_len: int | None = None, revision: str | None = None,
+    model: str = "demo",
+    *,
+    dtype: Dtype = "bfloat16",
+    threads: int | None = None,
+    kv_gib: float | None = None,
+    max_rows: int = 64,
+    prefill_chunk: int = 256,
+    max_model_len: int | None = None,
+    revision: str | None = None,
     offline: bool | None = None,
 ) -> LocalModel:
     """Load a model into this process: `demo`, a directory, a .gguf file, or a hub id.

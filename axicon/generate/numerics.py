@@ -1,9 +1,10 @@
 """The numerics path: which row counts a deployment computes, so that no result depends on its batch mates.
 
-A matrix product may change bits with its row count (measured: float32 linear below 8 rows, bfloat16 linear at one row
-and 49,152 outputs). So blocks and head are probed once at load, and steps are padded to a multiple of the smallest
-tile from which on every probed count gives equal bits. If long chunks agree too, decode rows and prompt chunks share
-one pass; otherwise every chunk goes alone, in a shape that depends on its request only.
+A matrix product may change bits with its row count (measured: float32 linear below 8 rows, bfloat16 linear
+at one row and 49,152 outputs). So blocks and head are probed once at load, and steps are padded to a
+multiple of the smallest tile from which on every probed count gives equal bits. If long chunks agree too,
+decode rows and prompt chunks share one pass; otherwise every chunk goes alone, in a shape that depends on
+its request only.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ class NumericsPath:
 
     def __str__(self) -> str:
         chunks = "with" if self.merged else "apart from"
-        return f"blocks in tiles of {self.body_tile}, head in tiles of {self.head_tile}, chunks {chunks} decode rows"
+        return f"blocks by {self.body_tile} rows, head by {self.head_tile}, chunks {chunks} decode rows"
 
 
 ANY_ROWS = NumericsPath(1, 1, True)
@@ -80,7 +81,9 @@ RowFunction = Callable[[Tensor, Tensor], Tensor]
 
 def _row_functions(decoder: Decoder) -> list[tuple[RowFunction, int]]:
     """Every distinct block shape, then the head, each with its input width."""
-    functions = [(_block_function(decoder, block), block.shape.width_in) for block in _distinct_blocks(decoder)]
+    functions = [
+        (_block_function(decoder, block), block.shape.width_in) for block in _distinct_blocks(decoder)
+    ]
     return [*functions, (lambda x, _: decoder.head(x), decoder.shape.blocks[-1].width_out)]
 
 

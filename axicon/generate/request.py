@@ -11,7 +11,9 @@ FinishReason = Literal["stop", "length", "cancelled", "deadline", "error"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
-    """How one request is continued. Checked where it enters (`Engine.add` raises `RequestError`), never later."""
+    """How one request is continued. Checked where it enters (`Engine.add` raises `RequestError`), never
+    later.
+    """
 
     max_tokens: int = 16
     min_tokens: int = 0
@@ -38,7 +40,9 @@ class SamplingParams:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """One choice to generate. A request with `n` choices is `n` of these with `choice` 0..n-1 and the same seed."""
+    """One choice to generate. A request with `n` choices is `n` of these with `choice` 0..n-1 and the same
+    seed.
+    """
 
     id: str
     prompt: Sequence[int]
@@ -65,7 +69,7 @@ class TokenLogprob:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Delta:
-    """What one step added to one request. The texts of all deltas of a request, joined, are its final text."""
+    """What one step added to one request. The texts of all its deltas, joined, are its final text."""
 
     request_id: str
     choice: int = 0
@@ -103,7 +107,9 @@ class Overloaded(Exception):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """What an engine accepts. Lengths are tokens; what the model itself cannot do is refused without being listed."""
+    """What an engine accepts. Lengths are tokens; what the model itself cannot do is refused without being
+    listed.
+    """
 
     max_queue: int = 256
     """Requests that may be there beyond the rows that run at once; one more is answered with `Overloaded`."""

@@ -18,9 +18,9 @@ from axicon.generate.numerics import ANY_ROWS, bits, choose_path, padded
 from axicon.generate.spans import Span, committed_paths, native_rows, renumber, split_spans
 from axicon.model.cache import KVCache, size_class
 from axicon.model.decoder import Decoder
+from axicon.model.machine import available_memory
 from axicon.model.native import NativeDecoder, why_not
 from axicon.model.packed import formats
-from axicon.model.machine import available_memory
 from axicon.protocols import Capacity, StepInput, StepOutput
 
 log = logging.getLogger("axicon")
@@ -40,8 +40,14 @@ class LocalRunner:
     """
 
     def __init__(
-        self, decoder: Decoder, *, kv_bytes: int | None = None, max_rows: int = 64, prefill_chunk: int = 256,
-        model_digest: str = "", kernels: Kernels = "torch",
+        self,
+        decoder: Decoder,
+        *,
+        kv_bytes: int | None = None,
+        max_rows: int = 64,
+        prefill_chunk: int = 256,
+        model_digest: str = "",
+        kernels: Kernels = "torch",
     ) -> None:
         if kv_bytes is None:
             kv_bytes = min(DEFAULT_KV_BYTES, (available_memory() or DEFAULT_KV_BYTES) // 4)

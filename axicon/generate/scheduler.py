@@ -1,8 +1,9 @@
 """Who computes what in the next step: continuous batching without phases.
 
-A stream has tokens and has computed some of them; a step closes the gap under a token budget. Streams with one token
-to go (decode) are served first, then prompts in order of arrival, in chunks whose boundaries depend on the request
-alone. A stream is admitted only with all the cache it may ever need, so nothing that runs is ever thrown out.
+A stream has tokens and has computed some of them; a step closes the gap under a token budget. Streams with
+one token to go (decode) are served first, then prompts in order of arrival, in chunks whose boundaries
+depend on the request alone. A stream is admitted only with all the cache it may ever need, so nothing that
+runs is ever thrown out.
 """
 
 from __future__ import annotations

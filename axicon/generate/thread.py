@@ -1,7 +1,7 @@
 """EngineThread: an engine in a thread of its own, driven from any other.
 
-All torch work of a server happens here, loading included: weights packed in another thread are slow (41 instead of 85
-steps per second, measured), and a second OpenMP pool exceeds the cores.
+All torch work of a server happens here, loading included: weights packed in another thread are slow (41
+instead of 85 steps per second, measured), and a second OpenMP pool exceeds the cores.
 """
 
 from __future__ import annotations
@@ -25,10 +25,12 @@ OnDelta = Callable[[Delta], None]
 
 
 class EngineThread:
-    """`start` it, `submit` requests, `close` it. Deltas arrive in the engine thread: hand them on, do not work there.
+    """`start` it, `submit` requests, `close` it. Deltas arrive in the engine thread: hand them on, do not
+    work there.
 
-    watchdog: halve the compute threads when steps become very uneven. Results stay the same or, where the bits of
-    this model depend on the thread count, it waits until nothing is running; the fingerprint changes either way.
+    watchdog: halve the compute threads when steps become very uneven. Results stay the same or, where the
+    bits of this model depend on the thread count, it waits until nothing is running; the fingerprint changes
+    either way.
     """
 
     def __init__(self, make_engine: Callable[[], Engine], *, watchdog: bool = True) -> None:
@@ -94,7 +96,7 @@ class EngineThread:
             self._wake.notify()
 
     def healthy(self, max_stall_s: float) -> bool:
-        """False once the thread ended, or while there is work and no step was finished for so many seconds."""
+        """False once the thread ended, or while work waits and no step was finished for so long."""
         busy = self._busy_since
         running = self._ready.is_set() and self.error is None and self._thread.is_alive()
         return running and (busy is None or time.monotonic() - busy <= max_stall_s)
@@ -113,7 +115,7 @@ class EngineThread:
     def _run(self) -> None:
         try:
             engine = self._engine = self._make_engine()
-            # What loading left behind is not looked at again; a full collection would be a pause of many steps.
+            # What loading left behind is never looked at again: a full collection would last many steps.
             gc.collect()
             gc.freeze()
             self._ready.set()

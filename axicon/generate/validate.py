@@ -11,7 +11,9 @@ SEEDS = range(-(1 << 63), 1 << 64)
 
 
 def check_request(request: Request, vocab: int, longest: int, limits: Limits) -> None:
-    """Raises RequestError naming the field. `longest` is what prompt and answer may have together, in tokens."""
+    """Raises RequestError naming the field. `longest` is what prompt and answer may have together, in
+    tokens.
+    """
     params = request.params
     _check_params(params, limits)
     _check_ids(request.prompt, vocab, "prompt")
@@ -56,7 +58,9 @@ def _check_params(params: SamplingParams, limits: Limits) -> None:
         ("top_p", params.top_p, 1.0), ("repetition_penalty", params.repetition_penalty, math.inf),
     ):  # fmt: skip
         if not (math.isfinite(value) and 0.0 < value <= high):
-            raise RequestError(f"{name} is {value}, it must be above 0" + (" and at most 1" * (high == 1.0)), name)
+            raise RequestError(
+                f"{name} is {value}, it must be above 0" + (" and at most 1" * (high == 1.0)), name
+            )
     if params.seed is not None and params.seed not in SEEDS:
         raise RequestError(f"seed {params.seed} does not fit into 64 bits", "seed")
     if len(params.stop) > limits.max_stops or len(params.stop_token_ids) > limits.max_stops:
@@ -67,7 +71,9 @@ def _check_params(params: SamplingParams, limits: Limits) -> None:
         raise RequestError(f"logit_bias has more than {limits.max_logit_bias} entries", "logit_bias")
     for token, bias in params.logit_bias.items():
         if not -100.0 <= bias <= 100.0:
-            raise RequestError(f"logit_bias of token {token} is {bias}, it must lie between -100 and 100", "logit_bias")
+            raise RequestError(
+                f"logit_bias of token {token} is {bias}, it must lie between -100 and 100", "logit_bias"
+            )
 
 
 def _check_ids(ids: Iterable[int], vocab: int, name: str) -> None:

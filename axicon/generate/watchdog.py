@@ -1,7 +1,8 @@
 """Notices that compute threads wait for each other.
 
-Another busy process on a core makes a step with two threads several times slower now and then (measured: 13 to 98 ms,
-99th percentile 484 ms), while one thread does not notice. So when steps spread that far, half the threads are better.
+Another busy process on a core makes a step with two threads several times slower now and then (measured: 13
+to 98 ms, 99th percentile 484 ms), while one thread does not notice. So when steps spread that far, half the
+threads are better.
 """
 
 from __future__ import annotations

@@ -1,11 +1,12 @@
 """The KV cache: contiguous extents per request row and layer, in size classes, with exact byte accounting.
 
-A *slot* is storage, a *position* is time. While nothing was evicted, slot i of every head holds position i and neither
-is stored: `positions` and `lengths` are None. `retain` makes both real, per KV head, and from then on only they tell
-where a key came from.
+A *slot* is storage, a *position* is time. While nothing was evicted, slot i of every head holds position i
+and neither is stored: `positions` and `lengths` are None. `retain` makes both real, per KV head, and from
+then on only they tell where a key came from.
 
-The nodes of a step are *staged* in the slots behind the committed ones. They become permanent when `commit` names
-them; what it does not name is overwritten by the next step. So nothing is ever rolled back after an eviction.
+The nodes of a step are *staged* in the slots behind the committed ones. They become permanent when `commit`
+names them; what it does not name is overwritten by the next step. So nothing is ever rolled back after an
+eviction.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ IDLE_PER_CLASS = 64
 def size_class(slots: int) -> int:
     """Capacity of the extent that holds `slots`: 64, 96, 128, ... 256, 320, 384, ... 512, 640, ...
 
-    Steps are a quarter of the power of two below, at least 32: at most a quarter of a long extent is unused, and
-    copying into the next class costs a constant factor per token.
+    Steps are a quarter of the power of two below, at least 32: at most a quarter of a long extent is unused,
+    and copying into the next class costs a constant factor per token.
     """
     if slots <= SMALLEST:
         return SMALLEST
@@ -34,7 +35,8 @@ def size_class(slots: int) -> int:
 class ExtentPool:
     """Lends buffers (2, G, C, K), keys first, and counts their bytes.
 
-    Returned buffers are kept for the next request of the same class, as long as everything stays within `budget`.
+    Returned buffers are kept for the next request of the same class, as long as everything stays within
+    `budget`.
     """
 
     def __init__(self, budget: int, dtype: torch.dtype) -> None:
@@ -55,7 +57,9 @@ class ExtentPool:
             self.bytes_in_use += size
             return idle.pop()
         if self.bytes_in_use + size > self.budget:
-            raise MemoryError(f"KV cache: {size} more bytes do not fit, {self.bytes_in_use} of {self.budget} are in use")
+            raise MemoryError(
+                f"KV cache: {size} more bytes do not fit, {self.bytes_in_use} of {self.budget} are in use"
+            )
         if self.bytes_in_use + self.bytes_idle + size > self.budget:
             self._idle.clear()
             self.bytes_idle = 0
@@ -157,8 +161,9 @@ class KVCache:
 
     @property
     def slots(self) -> int:
-        """Slots per head that can be reserved. A row grows one layer at a time, with the old and the new extent of
-        that layer alive together, so one layer's share of the budget is set aside."""
+        """Slots per head that can be reserved. A row grows one layer at a time, with the old and the new
+        extent of that layer alive together, so one layer's share of the budget is set aside.
+        """
         layers = len(self.shapes)
         return self.pool.budget * layers // (max(1, self.bytes_per_slot) * (layers + 1))
 

@@ -16,13 +16,13 @@ VOCAB = 96
 
 
 def llama(dtype: torch.dtype = torch.float64, seed: int = 0, **config: object) -> Decoder:
-    """2 layers, 6 query heads in 2 groups, 96 tokens; weights large enough that greedy text does not repeat."""
+    """2 layers, 6 query heads in 2 groups, 96 tokens; large weights, so that greedy text does not repeat."""
     shape = ModelShape.from_config(
         {
             "model_type": "llama", "vocab_size": VOCAB, "hidden_size": 48, "intermediate_size": 64,
             "num_hidden_layers": 2, "num_attention_heads": 6, "num_key_value_heads": 2,
-            "max_position_embeddings": 512, "bos_token_id": 0, "eos_token_id": 1, "tie_word_embeddings": False,
-            **config,
+            "max_position_embeddings": 512, "bos_token_id": 0, "eos_token_id": 1,
+            "tie_word_embeddings": False, **config,
         }
     )  # fmt: skip
     torch.manual_seed(seed)
@@ -58,9 +58,7 @@ def make_step() -> Callable[..., StepInput]:
         """A step from (token, position, row, parent) nodes, all of whose logits are wanted."""
         columns = [torch.tensor([node[i] for node in nodes], dtype=torch.int64) for i in range(4)]
         flag = torch.ones(len(nodes), dtype=torch.bool)
-        return StepInput(
-            *columns, flag, torch.zeros(len(nodes), dtype=torch.int64), flag & forced, **lists
-        )
+        return StepInput(*columns, flag, torch.zeros(len(nodes), dtype=torch.int64), flag & forced, **lists)
 
     return step
 

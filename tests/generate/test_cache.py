@@ -73,7 +73,9 @@ def test_reserving_more_than_there_is_fails_and_growth_never_exceeds_the_budget(
 
 @given(data=st.data())
 def test_staging_committing_and_retaining_equal_plain_lists(data):
-    """Any sequence of trees, accepted paths and evictions: per head the kept (position, key) pairs, in order."""
+    """Any sequence of trees, accepted paths and evictions: per head the kept (position, key) pairs, in
+    order.
+    """
     cache = new_cache(budget=4 << 20)
     cache.open(0, 400)
     row = cache.rows[0]

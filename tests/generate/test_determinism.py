@@ -1,4 +1,4 @@
-"""The promise: on a CPU, equal fingerprint, request and seed give equal bytes, alone, in a batch, staggered."""
+"""The promise: on a CPU, equal fingerprint, request and seed give equal bytes, alone or in any batch."""
 
 from __future__ import annotations
 
@@ -11,18 +11,23 @@ from axicon.generate.request import Request, SamplingParams
 from axicon.generate.runner import LocalRunner
 
 PARAMS = [
-    {"temperature": 0.0}, {"seed": 1}, {"seed": 2, "top_p": 0.9}, {"seed": 3, "top_k": 20, "temperature": 0.7},
+    {"temperature": 0.0}, {"seed": 1}, {"seed": 2, "top_p": 0.9},
+    {"seed": 3, "top_k": 20, "temperature": 0.7},
     {"seed": 4, "min_p": 0.05, "presence_penalty": 0.5}, {"temperature": 0.0, "repetition_penalty": 1.1},
     {"seed": 5, "temperature": 1.5}, {"seed": 6, "logit_bias": {7: 2.0}},
 ]  # fmt: skip
+
+
+EVERYTHING = {"ignore_eos": True, "logprobs": 2, "prompt_logprobs": 0}
 
 
 def requests(vocab, lengths, max_tokens):
     generator = torch.Generator().manual_seed(0)
     return [
         Request(
-            id=str(i), prompt=torch.randint(2, vocab, (length,), generator=generator).tolist(),
-            params=SamplingParams(max_tokens=max_tokens, ignore_eos=True, logprobs=2, prompt_logprobs=0, **params),
+            id=str(i),
+            prompt=torch.randint(2, vocab, (length,), generator=generator).tolist(),
+            params=SamplingParams(**{"max_tokens": max_tokens, **EVERYTHING, **params}),
         )
         for i, (params, length) in enumerate(zip(PARAMS, lengths, strict=True))
     ]  # fmt: skip

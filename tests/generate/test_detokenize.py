@@ -29,7 +29,9 @@ def byte_level() -> PreTrainedTokenizerFast:
 def byte_fallback() -> PreTrainedTokenizerFast:
     """SentencePiece style: words with a leading mark, bytes for the rest; the first space is dropped."""
     words = ["<unk>", "<s>", *(f"<0x{i:02X}>" for i in range(256)), "▁", "▁hello", "▁world", "s", "▁a"]
-    backend = Tokenizer(models.BPE({w: i for i, w in enumerate(words)}, [], unk_token="<unk>", byte_fallback=True))
+    backend = Tokenizer(
+        models.BPE({w: i for i, w in enumerate(words)}, [], unk_token="<unk>", byte_fallback=True)
+    )
     backend.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )

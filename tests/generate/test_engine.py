@@ -24,7 +24,9 @@ def engine(runner64, letters):
 
 def request(name, prompt=(5, 6, 7), choice=0, deadline=None, **params):
     params = {"max_tokens": 6} | GREEDY | params
-    return Request(id=name, prompt=list(prompt), params=SamplingParams(**params), choice=choice, deadline=deadline)
+    return Request(
+        id=name, prompt=list(prompt), params=SamplingParams(**params), choice=choice, deadline=deadline
+    )
 
 
 def drain(engine, *requests):
@@ -59,7 +61,9 @@ def test_greedy_text_equals_the_dense_model(engine, decoder64, letters):
     found = drain(engine, request("a", prompt=range(2, 50), max_tokens=20))["a", 0]
     want = greedy(decoder64, range(2, 50), 20)
     assert tokens_of(found) == want
-    assert text_of(found) == letters.decode(want, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    assert text_of(found) == letters.decode(
+        want, skip_special_tokens=True, clean_up_tokenization_spaces=False
+    )
     assert [d.finish_reason for d in found] == [None] * 19 + ["length"]
     assert (found[-1].prompt_tokens, found[-1].completion_tokens) == (48, 20)
 
@@ -69,7 +73,9 @@ class Pool:
 
     def __init__(self, decoder, letters):
         source = random.Random(0)
-        engine = Engine(LocalRunner(decoder, kv_bytes=4 << 20, max_rows=1, prefill_chunk=64), letters, eos_ids=[1])
+        engine = Engine(
+            LocalRunner(decoder, kv_bytes=4 << 20, max_rows=1, prefill_chunk=64), letters, eos_ids=[1]
+        )
         self.cases = []
         for i in range(40):
             prompt = [source.randrange(2, 96) for _ in range(source.choice([1, 2, 15, 16, 17, 31, 40, 70]))]
@@ -85,7 +91,9 @@ class Pool:
 
 
 def test_500_random_schedules_change_nothing(decoder64, letters):
-    """Arrivals, cancels, chunk sizes and batch sizes at random, in float64: the same tokens as one at a time."""
+    """Arrivals, cancels, chunk sizes and batch sizes at random, in float64: the same tokens as one at a
+    time.
+    """
     pool = Pool(decoder64, letters)
     runners = [
         LocalRunner(decoder64, kv_bytes=kv, max_rows=rows, prefill_chunk=chunk)
@@ -181,7 +189,10 @@ def test_choices_of_a_seeded_request_differ_and_repeat(engine):
 
 
 def test_without_a_seed_runs_differ(engine):
-    runs = {tuple(tokens_of(drain(engine, request("a", temperature=1.5, max_tokens=12))["a", 0])) for _ in range(4)}
+    runs = {
+        tuple(tokens_of(drain(engine, request("a", temperature=1.5, max_tokens=12))["a", 0]))
+        for _ in range(4)
+    }
     assert len(runs) > 1
 
 
@@ -241,7 +252,9 @@ def test_logprobs_of_prompt_and_output(decoder64, letters, chunked):
 
 
 def test_a_prompt_can_be_scored_without_generating(engine):
-    found = drain(engine, request("a", range(2, 40), max_tokens=0, prompt_logprobs=0), request("b", max_tokens=0))
+    found = drain(
+        engine, request("a", range(2, 40), max_tokens=0, prompt_logprobs=0), request("b", max_tokens=0)
+    )
     assert [d.finish_reason for d in found["a", 0]] == ["length"]
     assert len(found["a", 0][0].prompt_logprobs) == 38
     assert [(d.finish_reason, d.tokens) for d in found["b", 0]] == [("length", ())]

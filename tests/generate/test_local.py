@@ -59,7 +59,9 @@ def test_chat_uses_the_template_and_stops(model):
     done = model.chat(messages, max_tokens=40, temperature=0)
     assert "Paris" in done.text
     assert done.finish_reason == "stop"
-    assert "".join(p.text for p in model.chat(messages, max_tokens=40, temperature=0, stream=True)) == done.text
+    assert (
+        "".join(p.text for p in model.chat(messages, max_tokens=40, temperature=0, stream=True)) == done.text
+    )
 
 
 def test_stop_may_be_a_string(model):

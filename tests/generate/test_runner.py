@@ -1,4 +1,6 @@
-"""LocalRunner against the decoder's dense path: chunks, decode rows, trees, commits, and what a bad step does."""
+"""LocalRunner against the decoder's dense path: chunks, decode rows, trees, commits, and what a bad step
+does.
+"""
 
 from __future__ import annotations
 
@@ -14,9 +16,7 @@ from axicon.protocols import StepInput
 
 def chain(tokens, row, start=0, base=0):
     """Nodes of a chain whose first node follows the committed context; `base` is its index in the step."""
-    return [
-        (token, start + i, row, base + i - 1 if i else -1) for i, token in enumerate(tokens)
-    ]
+    return [(token, start + i, row, base + i - 1 if i else -1) for i, token in enumerate(tokens)]
 
 
 def close(a, b):
@@ -36,7 +36,9 @@ def test_chunks_and_decode_equal_the_dense_path(decoder64, runner64, make_step):
     want = dense(decoder64, TEXT)
     out = [runner64.forward(make_step(chain(TEXT[:16], 0), forced=True, reserves=((0, 64),))).logits_WV]
     out.append(
-        runner64.forward(make_step(chain(TEXT[16:30], 0, 16), forced=True, commits=tuple(range(16)))).logits_WV
+        runner64.forward(
+            make_step(chain(TEXT[16:30], 0, 16), forced=True, commits=tuple(range(16)))
+        ).logits_WV
     )
     commits = tuple(range(14))
     for i in range(30, 40):
@@ -50,9 +52,7 @@ def test_chunks_and_decode_equal_the_dense_path(decoder64, runner64, make_step):
 def test_tree_rows_equal_sequential_runs_and_commit_keeps_one_path(decoder64, runner64, make_step):
     prompt, other = TEXT[:9], TEXT[20:25]
     runner64.forward(
-        make_step(
-            [*chain(prompt, 0), *chain(other, 1, base=9)], forced=True, reserves=((0, 64), (1, 64))
-        )
+        make_step([*chain(prompt, 0), *chain(other, 1, base=9)], forced=True, reserves=((0, 64), (1, 64)))
     )
     # Two roots; 5 has the children 7 and 8, 8 has the child 9. Row 1 decodes one token behind them.
     tree = [(5, 9, 0, -1), (6, 9, 0, -1), (7, 10, 0, 0), (8, 10, 0, 0), (9, 11, 0, 3), (11, 5, 1, -1)]
@@ -169,7 +169,9 @@ def test_pack_and_unpack_are_inverse(make_step):
 def test_fingerprint_follows_what_changes_bits(make_decoder):
     def fingerprint(**settings):
         decoder = make_decoder(settings.pop("dtype", torch.float32))
-        return LocalRunner(decoder, **{"kv_bytes": 1 << 20, "max_rows": 4, "prefill_chunk": 16} | settings).fingerprint
+        return LocalRunner(
+            decoder, **{"kv_bytes": 1 << 20, "max_rows": 4, "prefill_chunk": 16} | settings
+        ).fingerprint
 
     variants = [{}, {"dtype": torch.bfloat16}, {"prefill_chunk": 32}, {"model_digest": "other"}]
     prints = [fingerprint(**v) for v in variants]

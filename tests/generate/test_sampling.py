@@ -35,7 +35,7 @@ def draw_one(x_V, one):
 
 
 def test_splitmix_is_the_published_one():
-    """First outputs of SplitMix64 seeded with 1234567, as listed for java.util.SplittableRandom's algorithm."""
+    """The first outputs of SplitMix64 seeded with 1234567, from its published test vectors."""
     golden = 0x9E3779B97F4A7C15
     got = [splitmix((1234567 + i * golden) & (2**64 - 1)) for i in range(1, 4)]
     assert got == [6457827717110365317, 3203168211198807973, 9817491932198370423]
@@ -69,7 +69,7 @@ def test_draws_follow_their_probabilities(vary):
 
 
 def test_neighbouring_draws_are_independent():
-    """Joint counts of the tokens at positions t and t + 1, and of seeds s and s + 1: chi-square of 16 cells."""
+    """Joint counts of the tokens of neighbouring positions, seeds and choices: chi-square of 16 cells."""
     probs = torch.full((4,), 0.25)
     count = 4000
     for first, second in (
@@ -78,7 +78,9 @@ def test_neighbouring_draws_are_independent():
         (lambda i: Draw(i, 0, 4), lambda i: Draw(i, 1, 4)),
     ):
         a, b = (
-            GumbelMax().choose(probs.expand(count, -1), torch.arange(4).expand(count, -1), [f(i) for i in range(count)])
+            GumbelMax().choose(
+                probs.expand(count, -1), torch.arange(4).expand(count, -1), [f(i) for i in range(count)]
+            )
             for f in (first, second)
         )
         joint = torch.bincount(4 * a + b, minlength=16).double()
@@ -139,7 +141,9 @@ def test_truncation_equals_a_full_sort(seed, scale, steps, top_k, top_p, min_p):
 
 
 def test_truncation_of_a_row_does_not_depend_on_its_batch():
-    x = torch.softmax(torch.cat([logits(seed=1, scale=5), logits(seed=2, scale=0.1), logits(seed=3, scale=2)]), -1)
+    x = torch.softmax(
+        torch.cat([logits(seed=1, scale=5), logits(seed=2, scale=0.1), logits(seed=3, scale=2)]), -1
+    )
     params = [SamplingParams(top_p=0.9), SamplingParams(top_p=0.95), SamplingParams(top_k=70, min_p=0.01)]
     together = truncate(x, params)
     for r in range(3):
@@ -155,7 +159,9 @@ def reference_process(x, prompt, output, params, banned):
     if len(output) < params.min_tokens:
         x[list(banned)] = -math.inf
     for token in {*prompt, *output}:
-        x[token] = x[token] / params.repetition_penalty if x[token] > 0 else x[token] * params.repetition_penalty
+        x[token] = (
+            x[token] / params.repetition_penalty if x[token] > 0 else x[token] * params.repetition_penalty
+        )
     for token in set(output):
         x[token] -= params.frequency_penalty * output.count(token) + params.presence_penalty
     return x
@@ -169,8 +175,8 @@ def reference_process(x, prompt, output, params, banned):
         {"frequency_penalty": -0.7},
         {"repetition_penalty": 1.3},
         {"min_tokens": 4, "max_tokens": 9},
-        {"logit_bias": {1: 2.0, 5: -3.0}, "presence_penalty": 0.5, "frequency_penalty": 0.2, "repetition_penalty": 1.1,
-         "min_tokens": 2},
+        {"logit_bias": {1: 2.0, 5: -3.0}, "presence_penalty": 0.5, "frequency_penalty": 0.2, "min_tokens": 2,
+         "repetition_penalty": 1.1},
     ],
 )  # fmt: skip
 def test_processing_equals_the_reference(settings_):

@@ -1,11 +1,11 @@
 """Gumbel-max sampling with counted random numbers (Maddison et al., arXiv:1411.0030, section 2).
 
-A token drawn from q is argmax over its candidates of log q + Gumbel. The noise of a token is a hash of (seed, choice,
-position, token id), so a draw depends on nothing else: not on the batch, on the order or number of other candidates,
-nor on how often anything was drawn before.
+A token drawn from q is argmax over its candidates of log q + Gumbel. The noise of a token is a hash of
+(seed, choice, position, token id), so a draw depends on nothing else: not on the batch, on the order or
+number of other candidates, nor on how often anything was drawn before.
 
-With the Gumbel written as -log E, E a unit exponential, the argmax is the argmin of E / q. That needs one logarithm
-per candidate instead of three.
+With the Gumbel written as -log E, E a unit exponential, the argmax is the argmin of E / q. That needs one
+logarithm per candidate instead of three.
 """
 
 from __future__ import annotations
@@ -30,7 +30,9 @@ def _signed(n: int) -> int:
 
 
 def splitmix(n: int) -> int:
-    """Output function of SplitMix64 (Steele, Lea and Flood 2014): a bijection of 64-bit integers that mixes well."""
+    """Output function of SplitMix64 (Steele, Lea and Flood 2014): a bijection of 64-bit integers that mixes
+    well.
+    """
     n = ((n ^ (n >> 30)) * _MIX1) & _MASK
     n = ((n ^ (n >> 27)) * _MIX2) & _MASK
     return n ^ (n >> 31)
@@ -61,7 +63,10 @@ class GumbelMax:
 
     def choose(self, probs_RC: Tensor, ids_RC: Tensor, draws: Sequence[Draw]) -> Tensor:
         # Row by row: the row fits the cache, and its arithmetic cannot depend on the batch.
-        tokens = [self._one(probs_C, ids_C, draw) for probs_C, ids_C, draw in zip(probs_RC, ids_RC, draws, strict=True)]
+        tokens = [
+            self._one(probs_C, ids_C, draw)
+            for probs_C, ids_C, draw in zip(probs_RC, ids_RC, draws, strict=True)
+        ]
         return torch.stack(tokens) if tokens else torch.empty(0, dtype=torch.int64)
 
     def _one(self, probs_C: Tensor, ids_C: Tensor, draw: Draw) -> Tensor:

@@ -1,7 +1,7 @@
 """Bias, bans and penalties of one request: what happens to logits before the temperature.
 
-Presence and frequency penalties count generated tokens; the repetition penalty (Keskar et al., arXiv:1909.05858,
-section 4.1) looks at the prompt too.
+Presence and frequency penalties count generated tokens; the repetition penalty (Keskar et al.,
+arXiv:1909.05858, section 4.1) looks at the prompt too.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from axicon.generate.request import SamplingParams
 
 
 class LogitProcessor:
-    """Holds the counts that penalties need. `active` is False where logits pass unchanged, which costs nothing.
+    """Holds the counts that penalties need. `active` is False where logits pass unchanged, which costs
+    nothing.
 
     banned: token ids that may not come before `min_tokens` tokens are there.
     """

@@ -34,9 +34,7 @@ def sample(logits_RV: Tensor, rows: Sequence[Row], sampler: Sampler) -> list[int
         _argmax(logits_RV if len(greedy) == len(rows) else logits_RV[greedy], greedy, tokens)
         if len(greedy) == len(rows):
             return tokens
-    processed = {
-        i: row.processor.apply(logits_RV[i]) for i, row in enumerate(rows) if row.processor.active
-    }
+    processed = {i: row.processor.apply(logits_RV[i]) for i, row in enumerate(rows) if row.processor.active}
     for i, logits_V in processed.items():
         if rows[i].params.temperature == 0:
             _argmax(logits_V[None], [i], tokens)

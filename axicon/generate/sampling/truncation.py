@@ -1,7 +1,9 @@
-"""Top-k, top-p (arXiv:1904.09751) and min-p (arXiv:2407.01082), without sorting the vocabulary in the common case.
+"""Top-k, top-p (arXiv:1904.09751) and min-p (arXiv:2407.01082), without sorting the vocabulary in the common
+case.
 
-Each of the three is a lowest probability that may stay, so tokens of equal probability stay or go together and the
-result does not depend on an order among them. Top-p counts the mass that top-k left; min-p compares with the best.
+Each of the three is a lowest probability that may stay, so tokens of equal probability stay or go together
+and the result does not depend on an order among them. Top-p counts the mass that top-k left; min-p compares
+with the best.
 """
 
 from __future__ import annotations
@@ -14,8 +16,9 @@ from torch import Tensor
 from axicon.generate.request import SamplingParams
 
 WIDTHS = (64, 1024)
-"""Candidates looked at first and second; only a row that needs more is sorted whole (27 ms for 16 rows of 49,152,
-measured, against 0.4 and 3 ms)."""
+"""Candidates looked at first and second; only a row that needs more is sorted whole (27 ms for 16 rows of
+49,152, measured, against 0.4 and 3 ms).
+"""
 
 
 def truncates(params: SamplingParams) -> bool:
