@@ -107,3 +107,17 @@ def test_documents_name_real_files(path: Path) -> None:
     missing = [name for name in LINK.findall(text) if not (path.parent / name).exists()]
     missing += [name for name in QUOTED.findall(text) if not (ROOT / name).exists()]
     assert not missing
+
+
+def test_every_paper_the_code_cites_is_in_the_list_of_papers() -> None:
+    paper = re.compile(r"arXiv:(\d{4}\.\d{4,5})")
+    listed = set(paper.findall((ROOT / "docs" / "papers.md").read_text()))
+    cited = {name for path in sources() for name in paper.findall(path.read_text())}
+    assert cited
+    assert cited - listed == set()
+
+
+def test_every_folder_of_the_product_is_a_package() -> None:
+    """Without `__init__.py` a folder imports all the same, but the layers contract does not see it."""
+    folders = {path.parent for path in sources()}
+    assert [str(folder) for folder in folders if not (folder / "__init__.py").exists()] == []
