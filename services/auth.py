@@ -19,7 +19,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from services.errors import ApiError, api_error
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("axicon")
 
 OPEN = frozenset({"/", "/health", "/pages/playground.js", "/pages/playground.css", "/pages/icon.svg"})
 """Paths that answer without a key."""

@@ -12,6 +12,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from axicon.generate.request import Delta, Limits, Overloaded, Request
@@ -26,7 +27,7 @@ from services.text import Text
 if TYPE_CHECKING:
     from axicon.generate.thread import EngineThread
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("axicon")
 
 WATCH_S = 0.5
 """How often the event loop's lag is measured and lost readers are looked for."""
@@ -103,6 +104,9 @@ class GenerationServer:
         """The model. Raises ApiError 503 while it is loading."""
         if self._served is None:
             raise ApiError(503, "The model is still loading.", code="loading")
+        if self._served.fingerprint != self.thread.fingerprint:
+            # The engine went on with fewer threads, which may change the bits of later answers.
+            self._served = replace(self._served, fingerprint=self.thread.fingerprint)
         return self._served
 
     @property
@@ -120,7 +124,7 @@ class GenerationServer:
     def trouble(self) -> str | None:
         """Why the server should get no requests now, or None."""
         if self.thread.error is not None:
-            return f"The engine has stopped: {self.thread.error}"
+            return "The engine has stopped; the log has the reason."
         if self._served is None:
             return "The model is still loading."
         if not self.thread.healthy(self.recipe.stall_s):
@@ -132,7 +136,7 @@ class GenerationServer:
         loop is dead or stuck; what passes by itself is reported by `/health` alone."""
         trouble = self.trouble()
         if trouble is not None and self._served is not None:
-            raise RuntimeError(trouble)
+            raise RuntimeError(trouble) from self.thread.error
 
     def submit(self, requests: Sequence[Request]) -> Stream:
         """Hand requests to the engine. The caller must close the stream, which gives up what is unfinished.
@@ -141,14 +145,16 @@ class GenerationServer:
         """
         metrics, mailbox = self.metrics, self._mailbox
         assert mailbox is not None
-        room = self.recipe.max_rows + self.recipe.max_queue - self.unfinished
-        if len(requests) > room:
-            metrics.overload.inc()
-            raise Overloaded(f"The server is full: {self.unfinished} choices in work.", self._retry_after())
         stream = Stream([request.id for request in requests], self._release)
-        mailbox.attach(stream)
         try:
+            if self.unfinished + len(requests) > self.recipe.max_rows + self.recipe.max_queue:
+                raise Overloaded(f"The server is full, with {self.unfinished} choices in work.")
+            mailbox.attach(stream)
             self.thread.submit_all(requests, mailbox.post)
+        except Overloaded as full:
+            stream.close()
+            metrics.overload.inc()
+            raise Overloaded(str(full), max(full.retry_after, self._retry_after())) from None
         except BaseException:
             stream.close()
             raise

@@ -25,7 +25,7 @@ from services.plan import Plan, check_ids, check_model, plan_chat, plan_completi
 from services.schema import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody, parse
 from services.stream import EventStream, Stream
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("axicon")
 
 PAGES = Path(__file__).parent / "pages"
 PAGE_HEADERS = {
@@ -246,7 +246,7 @@ async def _on_api_error(request: Request, error: Exception) -> Response:
 async def _on_http_error(request: Request, error: Exception) -> Response:
     """404 and 405 of the router, in the form of every other error."""
     assert isinstance(error, HTTPException)
-    path = request.url.path[:200]
+    path = request.scope["path"][:200]
     message = {404: f"There is nothing at {path}.", 405: f"{path} does not take {request.method}."}
     return ApiError(
         error.status_code, message.get(error.status_code, error.detail), headers=error.headers

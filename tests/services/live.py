@@ -71,7 +71,7 @@ def serving(
     thread.start()
     live = Live(server, sock.getsockname()[1])
     try:
-        assert live.wait_until(lambda: http.started), "the server did not start"
+        assert live.wait_until(lambda: http.started, 60), "the server did not start"
         yield live
     finally:
         live.client.close()

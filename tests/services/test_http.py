@@ -152,8 +152,11 @@ def test_health_follows_the_decode_loop() -> None:
         assert "no step" in response.json()["error"]["message"]
         live.fake.go_on()
         assert live.client.get("/health").status_code == 200
-        live.fake.error = RuntimeError("out of memory")
-        assert "out of memory" in live.client.get("/health").json()["error"]["message"]
+        live.fake.error = RuntimeError("in /home/someone: out of memory")
+        response = live.client.get("/health")
+        assert refused(response, 503)[1] == "not_ready"
+        assert "has stopped" in response.json()["error"]["message"]
+        assert "someone" not in response.text
 
 
 def test_while_the_model_loads_everything_but_the_page_waits() -> None:
@@ -198,6 +201,13 @@ def test_figures_have_the_names_that_dashboards_know() -> None:
         assert figure(text, "vllm:time_to_first_token_seconds_count") == 2
         assert figure(text, "vllm:inter_token_latency_seconds_count") == 6
         assert figure(text, "vllm:e2e_request_latency_seconds_count") == 2
+
+
+def test_an_answer_names_the_numerics_it_was_made_with() -> None:
+    with serving() as live:
+        assert live.post("/v1/completions", prompt="a").json()["system_fingerprint"] == "fake-1"
+        live.fake.fingerprint = "fake-2"
+        assert live.post("/v1/completions", prompt="a").json()["system_fingerprint"] == "fake-2"
 
 
 def test_two_servers_count_apart() -> None:

@@ -1,4 +1,5 @@
-"""A program for `test_serve_ray.py`: the application under a Ray of its own, as long as its standard input is open.
+"""A program for `test_serve_ray.py`: the application under a Ray of its own, as long as its standard input is
+open.
 
 Arguments: port, recipe as JSON. Says `ready` when Serve reports the application as running.
 """
