@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -93,6 +94,11 @@ class NativeDecoder:
             assert isinstance(block, Block)
             self._fill_block(self._blocks[i], block)
         self._model = self._fill_model(decoder)
+
+    @property
+    def version(self) -> str:
+        """Name of the compiled kernels: source, compiler, flags and processor decide it."""
+        return str(Path(self.library._name).stem)
 
     def __del__(self) -> None:
         if getattr(self, "_buffers", None):

@@ -46,3 +46,11 @@ def slice_of(size: int, rank: int, world: int) -> slice:
         raise ValueError(f"{size} does not divide among {world} ranks")
     share = size // world
     return slice(rank * share, (rank + 1) * share)
+
+
+def formats(model: nn.Module) -> set[str]:
+    """How the products of a model are stored: names of dtypes and of packed formats."""
+    found = {m.format for m in model.modules() if isinstance(m, PackedLinear)}
+    return found | {
+        str(m.weight.dtype).removeprefix("torch.") for m in model.modules() if isinstance(m, nn.Linear)
+    }
