@@ -131,6 +131,16 @@ def test_links_inside_the_hub_cache_are_its_way_to_store_files(model: Path, tmp_
         resolve(snapshot)
 
 
+def test_a_folder_that_only_looks_like_the_hub_cache_is_no_exception(model: Path, tmp_path: Path) -> None:
+    snapshot = tmp_path / "anything" / "snapshots" / "abc"
+    snapshot.parent.mkdir(parents=True)
+    model.rename(snapshot)
+    (tmp_path / "anything" / "secret.json").write_text("{}")
+    (snapshot / "extra.json").symlink_to("../../secret.json")
+    with pytest.raises(AxiconError, match="leads out"):
+        resolve(snapshot)
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [(b"", "not valid JSON"), (b"{", "not valid JSON"), (b"[1]", "expected a JSON object"),
