@@ -12,7 +12,6 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -27,7 +26,6 @@ from axicon.generate.request import (
     Overloaded,
     Request,
     RequestError,
-    TokenLogprob,
 )
 from axicon.generate.sampling import SAMPLERS
 from axicon.generate.sampling.sample import Row, logprobs, sample
@@ -73,7 +71,7 @@ class Engine:
         self._scheduler = Scheduler(runner.capacity, runner.slots_reserved)
         self._answers: dict[Stream, Answer] = {}
         self._streams: dict[tuple[str, int], Stream] = {}
-        self._cancelled: set[str] = set()
+        self._cancelled: set[Stream] = set()
         self._staged: list[Work] = []
         """What the last step computed: its nodes lie in the cache and are not committed."""
         self._failures = 0
@@ -103,11 +101,15 @@ class Engine:
         self._scheduler.add(stream)
 
     def cancel(self, request_id: str) -> None:
-        """End all choices of a request with the next step; its cache is given back in that step."""
-        self._cancelled.add(request_id)
+        """End all choices of a request with the next step; its cache is given back in that step.
+
+        Unknown ids are ignored.
+        """
+        self._cancelled.update(stream for (name, _), stream in self._streams.items() if name == request_id)
 
     def step(self) -> list[Delta]:
         """Compute one step and return what it added to every request it touched."""
+        self.decode_only = False
         deltas = self._sweep()
         work = self._scheduler.schedule()
         if not work and not self._scheduler.releases:
@@ -141,7 +143,7 @@ class Engine:
         deltas = []
         for stream in list(self._streams.values()):
             deadline = stream.request.deadline
-            if stream.request.id in self._cancelled:
+            if stream in self._cancelled:
                 deltas.append(self._close(stream, "cancelled"))
             elif deadline is not None and now > deadline:
                 deltas.append(self._close(stream, "deadline"))
@@ -225,15 +227,16 @@ class Engine:
         logits_RV = logits_WV if index == list(range(len(logits_WV))) else logits_WV[index]
         rows = [self._answers[stream].sampling(len(stream.tokens)) for stream, _ in drawing]
         tokens = self._sample(logits_RV, rows)
-        reported = self._logprobs(logits_RV, rows, tokens)
         deltas = []
-        for (stream, _), token, logprob in zip(drawing, tokens, reported, strict=True):
+        for r, ((stream, _), token) in enumerate(zip(drawing, tokens, strict=True)):
+            top = stream.request.params.logprobs
             if token is None:
                 deltas.append(
                     self._close(stream, "error", "the model's probabilities for this request are not numbers")
                 )
                 continue
             try:
+                logprob = None if top is None else logprobs(logits_RV[r : r + 1], [token], top)[0]
                 delta = self._answers[stream].accept(token, logprob)
             except Exception:
                 deltas.append(self._defect(stream))
@@ -255,21 +258,6 @@ class Engine:
                 return [None]
             return [self._sample(logits_RV[r : r + 1], [row])[0] for r, row in enumerate(rows)]
 
-    def _logprobs(
-        self, logits_RV: Tensor, rows: Sequence[Row], tokens: Sequence[int | None]
-    ) -> list[TokenLogprob | None]:
-        """What is reported of each drawn token, for the rows that ask for it."""
-        result: list[TokenLogprob | None] = [None] * len(rows)
-        asking = [
-            r for r, row in enumerate(rows) if row.params.logprobs is not None and tokens[r] is not None
-        ]
-        if asking:
-            top = max(rows[r].params.logprobs or 0 for r in asking)
-            found = logprobs(logits_RV[asking], [tokens[r] or 0 for r in asking], top)
-            for r, entry in zip(asking, found, strict=True):
-                result[r] = replace(entry, top=entry.top[: rows[r].params.logprobs or 0])
-        return result
-
     def _close(self, stream: Stream, reason: FinishReason, error: str | None = None) -> Delta:
         """End a stream without another token."""
         try:
@@ -290,9 +278,7 @@ class Engine:
         )  # fmt: skip
 
     def _give_up(self, work: Sequence[Work], error: Exception) -> list[Delta]:
-        """A forward pass failed: end every stream it touched, keep the others. Raises after too many in a
-        row.
-        """
+        """A forward pass failed: end every stream it touched, keep the others. Raises when too many did."""
         log.exception("a step of %d streams failed", len(work))
         self._failures += 1
         if self._failures >= FAILURES_BORNE:
@@ -325,9 +311,7 @@ def _longest(runner: Runner, limits: Limits) -> int:
 
 
 def _wanted(one: Work) -> range:
-    """Positions whose logits are wanted: the last one if a token is drawn there, all where a prompt is
-    scored.
-    """
+    """Positions whose logits are wanted: all where a prompt is scored, else the last if a token is drawn."""
     params, prompt = one.stream.request.params, one.stream.request.prompt
     if params.prompt_logprobs is not None and one.start < len(prompt):
         return range(one.start, one.stop)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -22,9 +22,10 @@ from axicon.model.decoder import Block, Decoder
 
 log = logging.getLogger("axicon")
 
-SMALL = (*range(1, 21), 24, 31, 32, 33, 48, 63, 64)
-LARGE = (65, 128, 129, 256, 257, 320)
+COUNTS = (*range(1, 21), 24, 31, 32, 33, 48, 63, 64, 65, 96, 128, 129, 192, 256, 257, 320, 512, 1024)
+"""Row counts that are tried, up to what a step may have."""
 TILE_LIMIT = 64
+MOST_PROBED = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,12 +52,12 @@ def padded(rows: int, tile: int) -> int:
 @torch.inference_mode()
 def choose_path(decoder: Decoder, max_rows: int, prefill_chunk: int) -> NumericsPath:
     """Probe every distinct block shape and the head. Takes about a second for a small model."""
-    *blocks, head = [
-        _Probe(call, width, decoder, max_rows + prefill_chunk) for call, width in _row_functions(decoder)
-    ]
     path = NumericsPath(padded(max_rows, TILE_LIMIT), padded(max_rows, TILE_LIMIT), False)
-    for merged in (True, False):
-        body_tile, head_tile = (_smallest_tile(probes, merged) for probes in (blocks, [head]))
+    for merged, most in ((True, max_rows + prefill_chunk), (False, max_rows)):
+        *blocks, head = [
+            _Probe(call, *_rows(decoder, most, width)) for call, width in _row_functions(decoder)
+        ]
+        body_tile, head_tile = _smallest_tile(blocks), _smallest_tile([head])
         if body_tile and head_tile:
             path = NumericsPath(body_tile, head_tile, merged)
             break
@@ -87,7 +88,9 @@ def _row_functions(decoder: Decoder) -> list[tuple[RowFunction, int]]:
     return [*functions, (lambda x, _: decoder.head(x), decoder.shape.blocks[-1].width_out)]
 
 
-def _rows(decoder: Decoder, count: int, width: int) -> tuple[Tensor, Tensor]:
+def _rows(decoder: Decoder, most: int, width: int) -> tuple[Tensor, Tensor]:
+    """At least `most` rows, if that can be afforded, and a whole number of the largest tiles."""
+    count = padded(min(most, MOST_PROBED), TILE_LIMIT)
     x = torch.randn(count, width, generator=torch.Generator().manual_seed(0)).to(decoder.dtype)
     return x, torch.arange(count) % decoder.shape.max_positions
 
@@ -109,37 +112,28 @@ def _block_function(decoder: Decoder, block: Block) -> RowFunction:
 
 
 class _Probe:
-    """Compares a row-wise function at small row counts with the same rows, elsewhere, of a long one."""
+    """Compares a row-wise function at smaller row counts with the same rows, elsewhere, of a long one."""
 
-    def __init__(self, call: RowFunction, width: int, decoder: Decoder, most: int) -> None:
-        self._call = call
-        self._rows = padded(most, TILE_LIMIT)
-        self._x, self._positions = _rows(decoder, self._rows, width)
-        self._long = self._at(0, self._rows)
-        self._middle = self._at(self._rows - TILE_LIMIT, TILE_LIMIT)
-        self._agrees: dict[tuple[int, bool], bool] = {}
+    def __init__(self, call: RowFunction, x: Tensor, positions: Tensor) -> None:
+        self._call, self._x, self._positions = call, x, positions
+        self.rows = len(x)
+        self._long = self._last(self.rows)
+        self._agrees: dict[int, bool] = {}
 
-    def agrees(self, rows: int, with_long: bool) -> bool:
-        """Equal bits at this count and in the 64-row product, or the longest one if `with_long`."""
-        rows = min(rows, self._rows)
-        if (rows, with_long) not in self._agrees:
-            got = self._at(self._rows - rows, rows)
-            short = min(rows, TILE_LIMIT)
-            self._agrees[rows, False] = torch.equal(got[-short:], self._middle[-short:])
-            self._agrees[rows, True] = torch.equal(got, self._long[self._rows - rows :])
-        return self._agrees[rows, with_long]
+    def agrees(self, rows: int) -> bool:
+        if rows not in self._agrees:
+            self._agrees[rows] = torch.equal(self._last(rows), self._long[self.rows - rows :])
+        return self._agrees[rows]
 
-    def _at(self, start: int, rows: int) -> Tensor:
-        return self._call(self._x[start : start + rows].clone(), self._positions[start : start + rows])
+    def _last(self, rows: int) -> Tensor:
+        first = self.rows - rows
+        return self._call(self._x[first:].clone(), self._positions[first:])
 
 
-def _smallest_tile(probes: list[_Probe], merged: bool) -> int | None:
+def _smallest_tile(probes: Sequence[_Probe]) -> int | None:
     """The smallest power of two all of whose probed multiples agree, or None."""
     for exponent in range(TILE_LIMIT.bit_length()):
         tile = 1 << exponent
-        counts = [n for n in SMALL if n % tile == 0]
-        if merged:
-            counts += [n for n in LARGE if n % tile == 0]
-        if all(probe.agrees(n, merged) for probe in probes for n in counts):
+        if all(probe.agrees(n) for probe in probes for n in COUNTS if n % tile == 0 and n <= probe.rows):
             return tile
     return None

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from axicon.generate.engine import Engine
-from axicon.generate.request import Delta, EngineStats, FinishReason, Overloaded, Request
+from axicon.generate.request import Delta, EngineStats, FinishReason, Overloaded, Request, RequestError
 from axicon.generate.runner import LocalRunner
 from axicon.generate.watchdog import StepWatchdog
 
@@ -25,8 +25,7 @@ OnDelta = Callable[[Delta], None]
 
 
 class EngineThread:
-    """`start` it, `submit` requests, `close` it. Deltas arrive in the engine thread: hand them on, do not
-    work there.
+    """`start` it, `submit` requests, `close` it. Deltas arrive in the engine thread: only hand them on there.
 
     watchdog: halve the compute threads when steps become very uneven. Results stay the same or, where the
     bits of this model depend on the thread count, it waits until nothing is running; the fingerprint changes
@@ -38,10 +37,10 @@ class EngineThread:
         self._watchdog = StepWatchdog() if watchdog else None
         self._engine: Engine | None = None
         self._wake = threading.Condition()
-        self._inbox: list[tuple[Request, OnDelta] | str] = []
-        """Requests with their receivers, and ids to cancel."""
+        self._inbox: list[Request | str] = []
+        """Requests, and ids to cancel."""
         self._sinks: dict[tuple[str, int], OnDelta] = {}
-        self._entering = 0
+        """Receivers of all requests that have not ended."""
         self._closing = False
         self._ready = threading.Event()
         self._busy_since: float | None = None
@@ -82,10 +81,13 @@ class EngineThread:
         with self._wake:
             if self._closing or self.error is not None:
                 raise RuntimeError("the engine has stopped")
-            if len(self._sinks) + self._entering + len(requests) > engine.most_requests:
+            if len(self._sinks) + len(requests) > engine.most_requests:
                 raise Overloaded(f"{len(self._sinks)} requests are running or waiting, try again later")
-            self._entering += len(requests)
-            self._inbox += [(request, on_delta) for request in requests]
+            keys = [(request.id, request.choice) for request in requests]
+            if len(set(keys)) < len(keys) or not self._sinks.keys().isdisjoint(keys):
+                raise RequestError(f"request {requests[0].id!r} is already running", "id")
+            self._sinks |= dict.fromkeys(keys, on_delta)
+            self._inbox += requests
             self._busy_since = self._busy_since or time.monotonic()
             self._wake.notify()
 
@@ -123,16 +125,14 @@ class EngineThread:
                 self._deliver(engine.step())
                 self._note_step(engine)
         except BaseException as error:
-            log.exception("the engine thread ended")
+            if self._ready.is_set():  # else `start` raises it
+                log.exception("the engine thread ended")
             self.error = error
         finally:
             self._ready.set()
             with self._wake:
                 self._closing = True
                 reason: FinishReason = "cancelled" if self.error is None else "error"
-                for item in self._inbox:
-                    if not isinstance(item, str):
-                        self._sinks[item[0].id, item[0].choice] = item[1]
                 left = list(self._sinks)
             self._deliver([_ended(key, reason, self.error) for key in left])
 
@@ -144,19 +144,15 @@ class EngineThread:
                 self._wake.wait()
             inbox, self._inbox = self._inbox, []
         if self._closing:
-            self._inbox = inbox
             return False
         for item in inbox:
             if isinstance(item, str):
                 engine.cancel(item)
                 continue
-            request, on_delta = item
-            self._sinks[request.id, request.choice] = on_delta
-            self._entering -= 1
             try:
-                engine.add(request)
+                engine.add(item)
             except Exception as error:
-                self._deliver([_ended((request.id, request.choice), "error", error)])
+                self._deliver([_ended((item.id, item.choice), "error", error)])
         return True
 
     def _deliver(self, deltas: Sequence[Delta]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Collection
 
 from axicon.generate.request import Limits, Request, RequestError, SamplingParams
 
@@ -76,7 +76,7 @@ def _check_params(params: SamplingParams, limits: Limits) -> None:
             )
 
 
-def _check_ids(ids: Iterable[int], vocab: int, name: str) -> None:
-    for token in ids:
+def _check_ids(ids: Collection[int], vocab: int, name: str) -> None:
+    for token in (min(ids, default=0), max(ids, default=0)):
         if not 0 <= token < vocab:
             raise RequestError(f"token id {token} is not in the model's vocabulary of {vocab}", name)

@@ -133,7 +133,7 @@ class LayerCache:
 class RowCache:
     """What one request holds in all layers of this runner."""
 
-    __slots__ = ("committed", "layers", "reserved", "room")
+    __slots__ = ("committed", "layers", "reserved", "room", "whole")
 
     def __init__(self, layers: list[LayerCache], reserved: int) -> None:
         self.layers = layers
@@ -143,11 +143,8 @@ class RowCache:
         """Tokens committed: the position of the next root node."""
         self.room = min((layer.capacity for layer in layers), default=reserved)
         """Slots free behind the fullest head of any layer."""
-
-    @property
-    def whole(self) -> bool:
+        self.whole = True
         """Nothing was evicted from it."""
-        return all(layer.lengths is None for layer in self.layers)
 
 
 class KVCache:
@@ -217,6 +214,7 @@ class KVCache:
         Heads may keep different numbers of slots. Bytes of a smaller size class go back.
         """
         cache = self.rows[row]
+        cache.whole = False
         store = cache.layers[layer]
         slots = store.used(cache.committed)
         positions = store.positions_GC

@@ -12,6 +12,7 @@ import torch
 from axicon.generate.engine import FAILURES_BORNE, Engine
 from axicon.generate.request import Limits, Overloaded, Request, RequestError, SamplingParams
 from axicon.generate.runner import LocalRunner
+from axicon.generate.sampling.sample import logprobs
 from axicon.protocols import StepOutput
 
 GREEDY = {"temperature": 0.0, "ignore_eos": True}
@@ -420,3 +421,23 @@ def test_stats_count_what_happened(engine):
     assert stats.steps_total == 3 + 4
     assert stats.step_tokens == 1
     assert stats.step_seconds > 0
+
+
+def test_cancelling_what_ended_does_not_touch_a_later_request_of_that_name(engine):
+    drain(engine, request("a"))
+    engine.cancel("a")
+    found = drain(engine, request("a"))["a", 0]
+    assert found[-1].finish_reason == "length"
+
+
+def test_nan_in_a_scored_prompt_ends_that_request_only(engine, letters):
+    broken = Engine(Broken(engine.runner, 90, "nan"), letters, eos_ids=[1])
+    found = drain(broken, request("bad", prompt=(5, 90, 6, 7), prompt_logprobs=1), request("good", logprobs=1))
+    assert [d.finish_reason for d in found["bad", 0]] == ["error"]
+    assert found["good", 0][-1].finish_reason == "length"
+
+
+def test_logprobs_fit_into_json():
+    entry = logprobs(torch.tensor([[0.0, -torch.inf, 1.0]]), [1], 3)[0]
+    assert entry.logprob == -9999.0
+    assert [value for _, value in entry.top][-1] == -9999.0

@@ -22,23 +22,31 @@ class Odd(torch.nn.Module):
 
 
 @pytest.mark.parametrize(
-    ("changes", "tile", "merged"),
+    ("changes", "tile"),
     [
-        (lambda n: n == 1, 2, True),
-        (lambda n: n < 4 or n in (5, 6, 7), 4, True),
-        (lambda n: n % 8 != 0, 8, True),
-        (lambda n: n > 64, 1, False),
-        (lambda n: n > 64 or n < 16, 16, False),
-        (lambda n: n != 64, 64, False),
+        (lambda n: False, 1),
+        (lambda n: n == 1, 2),
+        (lambda n: n < 4 or n in (5, 6, 7), 4),
+        (lambda n: n % 8 != 0, 8),
+        (lambda n: n < 16, 16),
+        (lambda n: n != 320, None),
     ],
 )
-def test_smallest_tile(make_decoder, changes, tile, merged):
-    decoder = make_decoder(torch.float32)
+def test_smallest_tile(changes, tile):
     product = Odd(48, changes)
-    probe = _Probe(lambda x, _: product(x), 48, decoder, most=80)
-    found = [_smallest_tile([probe], with_long) for with_long in (True, False)]
-    assert found[0 if merged else 1] == tile
-    assert merged or found[0] is None
+    probe = _Probe(lambda x, _: product(x), torch.randn(320, 48), torch.arange(320))
+    assert _smallest_tile([probe]) == tile
+    assert _smallest_tile([_Probe(lambda x, _: x, torch.randn(320, 48), torch.arange(320)), probe]) == tile
+
+
+def test_rows_that_depend_on_their_place_are_found():
+    """As a kernel that treats the last rows of a block of 16 by another loop."""
+
+    def call(x, positions):
+        tail = len(x) % 16
+        return torch.cat([x[: len(x) - tail], torch.nextafter(x[len(x) - tail :], x[:1] + 9)])
+
+    assert _smallest_tile([_Probe(call, torch.randn(320, 48), torch.arange(320))]) == 16
 
 
 def test_path_covers_blocks_and_head(make_decoder):
@@ -50,7 +58,13 @@ def test_path_covers_blocks_and_head(make_decoder):
     path = choose_path(decoder, 8, 16)
     assert (path.body_tile, path.head_tile, path.merged) == (32, 16, True)
     decoder.blocks[1].down = Odd(48, lambda n: n > 64)
-    assert not choose_path(decoder, 64, 16).merged
+    path = choose_path(decoder, 64, 16)
+    assert (path.body_tile, path.head_tile, path.merged) == (choose_path(decoder, 8, 16).body_tile, 16, False)
+    decoder.blocks[1].down = Odd(48, lambda n: n < 96)
+    path = choose_path(decoder, 80, 16)
+    assert (path.body_tile, path.merged) == (128, False), (
+        "decode rows are always padded to the most there can be"
+    )
 
 
 def test_bits_show_a_changed_last_bit(make_decoder):

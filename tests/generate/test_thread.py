@@ -148,6 +148,20 @@ def test_refusals_reach_the_caller_and_all_or_none_are_queued(make_thread, decod
     assert thread.stats().finished_total == {"length": 8}
 
 
+def test_a_second_request_of_the_same_name_is_refused_and_the_first_goes_on(make_thread, decoder64):
+    gate = Gate(decoder64)
+    thread = make_thread(gate)
+    thread.start(30)
+    first, second = Receiver(), Receiver()
+    thread.submit(request("a"), first)
+    for again in ([request("a")], [request("b"), request("b")]):
+        with pytest.raises(RequestError, match="already running"):
+            thread.submit_all(again, second)
+    gate.open.set()
+    assert first.reasons() == ["length"]
+    assert second.deltas == []
+
+
 def test_cancel_from_another_thread(make_thread, decoder64):
     gate = Gate(decoder64)
     thread = make_thread(gate)

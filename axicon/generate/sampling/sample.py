@@ -13,6 +13,9 @@ from axicon.generate.sampling.processors import LogitProcessor
 from axicon.generate.sampling.truncation import truncate, truncates
 from axicon.protocols import Draw, Sampler
 
+UNLIKELY = -9999.0
+"""Log-probability reported for what cannot be, as minus infinity has no place in JSON."""
+
 
 @dataclass(frozen=True, slots=True)
 class Row:
@@ -73,8 +76,13 @@ def _draw(
 
 @torch.inference_mode()
 def logprobs(logits_RV: Tensor, tokens: Sequence[int], top: int) -> list[TokenLogprob]:
-    """Log-probability of each row's token and its `top` best alternatives, from raw logits."""
-    logprobs_RV = logits_RV.log_softmax(-1)
+    """Log-probability of each row's token and its `top` best alternatives, from raw logits.
+
+    Raises ValueError where the logits hold a NaN.
+    """
+    logprobs_RV = logits_RV.log_softmax(-1).clamp_(min=UNLIKELY)
+    if logprobs_RV.isnan().any():
+        raise ValueError("log-probabilities that are not numbers")
     chosen = logprobs_RV.gather(1, torch.tensor(tokens)[:, None]).flatten().tolist()
     values, ids = (x.tolist() for x in logprobs_RV.topk(min(top, logits_RV.shape[1]), dim=-1))
     return [
