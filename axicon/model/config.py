@@ -13,6 +13,7 @@ ACTIVATIONS = {
 }
 LARGEST = 1 << 24
 """No size in a config is larger than this (16.8 million); what is, is a mistake or an attack."""
+MOST_LAYERS = 1 << 10
 
 HARMLESS = frozenset({
     # What transformers writes into every config, and what only training, generation or other programs read.
@@ -60,11 +61,11 @@ class Reader:
         value = self.config.get(key)
         return default if value is None else value
 
-    def size(self, key: str, default: int) -> int:
+    def size(self, key: str, default: int, most: int = LARGEST) -> int:
         """A positive whole number of reasonable size."""
         value = self._get(key, default)
-        if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= LARGEST:
-            raise AxiconError(f"config.json: {key} is {value!r}, expected a whole number from 1 to {LARGEST}")
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= most:
+            raise AxiconError(f"config.json: {key} is {value!r}, expected a whole number from 1 to {most}")
         return value
 
     def optional_size(self, key: str, default: int | None) -> int | None:

@@ -80,11 +80,14 @@ def inverse_frequencies(rope: Rope, head_width: int) -> Tensor:
     return torch.where((wavelength <= longest) & (wavelength >= shortest), smooth, scaled)
 
 
-def rotary_table(rope: Rope, head_width: int, positions: int) -> Tensor:
-    """float32 (P, 2, 1, K): cos, and sin with the first half negated, each frequency twice."""
-    angles = torch.arange(positions, dtype=torch.float32)[:, None] * inverse_frequencies(rope, head_width)
+def rotary(positions_N: Tensor, frequencies: Tensor, dtype: torch.dtype) -> Rotary:
+    """Angles in float32, then the dtype of the stream, as transformers does."""
+    angles = positions_N[:, None].float() * frequencies
     cos, sin = angles.cos(), angles.sin()
-    return torch.stack([torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)], dim=1)[:, :, None]
+    return (
+        torch.cat([cos, cos], -1).to(dtype)[:, None],
+        torch.cat([-sin, sin], -1).to(dtype)[:, None],
+    )
 
 
 def rotate(x_NHK: Tensor, rotary: Rotary) -> Tensor:
@@ -185,7 +188,7 @@ class Decoder(nn.Module):
             self.lm_head = nn.Linear(shape.head_width, shape.vocab, bias=shape.head_bias)
             if shape.tie_head and self.has_embedding:
                 self.lm_head.weight = self.embed_tokens.weight
-        self._rotary: Tensor | None = None
+        self._frequencies: Tensor | None = None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -206,16 +209,14 @@ class Decoder(nn.Module):
         return cast(Tensor, x)
 
     def rotary(self, positions_N: Tensor) -> Rotary | None:
-        """cos and sin of each row, gathered once per step for all blocks; None with learned positions."""
+        """cos and sin of each row, made once per step for all blocks; None with learned positions."""
         if self.shape.rope is None:
             return None
-        device, dtype = positions_N.device, self.dtype
-        if self._rotary is None or self._rotary.device != device or self._rotary.dtype != dtype:
-            # Angles in float32, then the dtype of the stream, as transformers does.
-            width, positions = self.shape.blocks[0].head_width, self.shape.max_positions
-            self._rotary = rotary_table(self.shape.rope, width, positions).to(device, dtype)
-        cos_sin = self._rotary[positions_N]
-        return cos_sin[:, 0], cos_sin[:, 1]
+        if self._frequencies is None or self._frequencies.device != positions_N.device:
+            # Made here and not at construction, which may be without memory.
+            frequencies = inverse_frequencies(self.shape.rope, self.shape.blocks[0].head_width)
+            self._frequencies = frequencies.to(positions_N.device)
+        return rotary(positions_N, self._frequencies, self.dtype)
 
     def forward(self, tokens_N: Tensor, positions_N: Tensor, attend: Attend) -> Tensor:
         """Packed rows through the blocks, (N, width_out); no final norm.

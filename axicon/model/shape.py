@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from axicon.errors import AxiconError
-from axicon.model.config import Reader, refuse_architecture
+from axicon.model.config import MOST_LAYERS, Reader, refuse_architecture
 
 Activation = Literal["silu", "relu", "gelu", "gelu_tanh"]
 NormKind = Literal["rms", "layer"]
@@ -159,7 +159,7 @@ def _opt(c: Reader) -> ModelShape:
     )
     shape = ModelShape(
         family="opt", architecture="opt", vocab=c.size("vocab_size", 50272), embedding_width=embedding,
-        head_width=embedding, blocks=(block,) * c.size("num_hidden_layers", 12),
+        head_width=embedding, blocks=(block,) * c.size("num_hidden_layers", 12, MOST_LAYERS),
         max_positions=c.size("max_position_embeddings", 2048), norm="layer", norm_eps=1e-5, norm_width=width,
         norm_affine=c.flag("layer_norm_elementwise_affine", True), norm_first=norm_first,
         final_norm=norm_first and not c.flag("_remove_final_layer_norm", False),
@@ -209,7 +209,7 @@ class _Llama:
         if head_width % 2:
             raise AxiconError(f"config.json: head_dim {head_width} is odd, rotary positions need pairs")
         positions = c.size("max_position_embeddings", self.positions)
-        layers = c.size("num_hidden_layers", 32)
+        layers = c.size("num_hidden_layers", 32, MOST_LAYERS)
         attention_bias = c.flag("attention_bias", False)
         mlp_bias = c.flag("mlp_bias", False)
         blocks = tuple(

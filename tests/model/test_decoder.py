@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from axicon.model.attention import causal_mask, dense_attention, reference_attention
-from axicon.model.decoder import Decoder, Norm, rotary_table, rotate
+from axicon.model.decoder import Decoder, Norm, inverse_frequencies, rotary, rotate
 from axicon.model.shape import ModelShape, Rope
 
 SHAPE = ModelShape.from_config({
@@ -43,13 +43,28 @@ def test_the_mask_is_what_the_window_says() -> None:
 
 def test_rotation_by_hand() -> None:
     """Pair (i, i + K/2) turns by position * theta^(-2i/K)."""
-    table = rotary_table(Rope(theta=100.0), head_width=4, positions=6)
+    frequencies = inverse_frequencies(Rope(theta=100.0), head_width=4)
     x = torch.tensor([[[1.0, 2.0, 3.0, 4.0]]])
-    y = rotate(x, (table[5:6, 0], table[5:6, 1]))[0, 0]
+    y = rotate(x, rotary(torch.tensor([5]), frequencies, torch.float32))[0, 0]
     for i, angle in enumerate([5.0, 0.5]):
         pair = torch.view_as_complex(torch.stack([x[0, 0, i], x[0, 0, i + 2]]))
         turned = pair * torch.polar(torch.tensor(1.0), torch.tensor(angle))
         torch.testing.assert_close(torch.view_as_complex(torch.stack([y[i], y[i + 2]])), turned)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_norms_and_rotations_of_a_row_do_not_depend_on_its_batch(dtype: torch.dtype) -> None:
+    """Bit for bit: the promise of equal answers in any batch rests on it."""
+    torch.manual_seed(0)
+    frequencies = inverse_frequencies(Rope(), head_width=64)
+    x, positions = torch.randn(64, 12, 64, dtype=dtype), torch.randint(0, 100_000, (64,))
+    norms = [Norm(kind, 576, 1e-5).to(dtype) for kind in ("rms", "layer")]
+    rows = torch.randn(64, 576, dtype=dtype)
+    for n in (1, 2, 3, 5, 8, 16, 17, 33):
+        alone = rotate(x[:n], rotary(positions[:n], frequencies, dtype))
+        assert torch.equal(alone, rotate(x, rotary(positions, frequencies, dtype))[:n])
+        for norm in norms:
+            assert torch.equal(norm(rows[:n]), norm(rows)[:n])
 
 
 def test_a_norm_over_deleted_channels_keeps_the_original_divisor() -> None:

@@ -92,6 +92,7 @@ def test_windows_that_never_cut_are_none() -> None:
         ({"hidden_size": "48"}, "hidden_size is '48'"),
         ({"hidden_size": True}, "hidden_size is True"),
         ({"hidden_size": 1 << 25}, "from 1 to"),
+        ({"num_hidden_layers": 5000}, "from 1 to 1024"),
         ({"hidden_size": 50}, "hidden_size 50 is not a multiple of num_attention_heads 6"),
         ({"num_key_value_heads": 4}, "num_attention_heads 6 is not a multiple of num_key_value_heads 4"),
         ({"head_dim": 7}, "head_dim 7 is odd"),
