@@ -65,7 +65,7 @@ class Peer(Protocol):
 class Axicon:
     """Our engine, in-process: what the server adds is measured by `server.py`."""
 
-    needs = "axicon"
+    needs: ClassVar[str] = "axicon"
 
     def __init__(self, model: str, dtype: str, threads: int) -> None:
         from axicon.generate.build import build_engine
@@ -116,7 +116,7 @@ class Axicon:
 class Transformers:
     """`transformers` as its users call it: one batch, `generate`, its default cache."""
 
-    needs = "transformers"
+    needs: ClassVar[str] = "transformers"
 
     def __init__(self, model: str, dtype: str, threads: int) -> None:
         import torch
@@ -243,7 +243,11 @@ def main(name: str, settings: Mapping[str, Any]) -> None:
     sys.stdout = sys.stderr  # whatever a library prints must not end between the answers
     began = time.perf_counter()
     peer = PEERS[name](settings["model"], settings["dtype"], settings["threads"])
-    about = {"load_s": time.perf_counter() - began, "weight_bytes": peer.weight_bytes()}
+    about = {
+        "load_s": time.perf_counter() - began,
+        "weight_bytes": peer.weight_bytes(),
+        "vocab": peer.vocab(),
+    }
     print(json.dumps(about), file=answers, flush=True)
     for line in sys.stdin:
         asked = json.loads(line)
