@@ -180,7 +180,7 @@ def test_schemathesis_finds_nothing() -> None:
     """Positive and negative bodies from our own description: no 5xx, no undescribed status, type or shape,
     and nothing accepted that the description forbids. Acceptance of everything it allows is not asked for:
     rules between fields (`top_logprobs` needs `logprobs`) have no place in it."""
-    recipe = ServeRecipe(limits=RequestLimits(output_tokens=20), max_rows=32)
+    recipe = ServeRecipe(limits=RequestLimits(output_tokens=2), max_rows=32)
     program = Path(sys.executable).with_name("schemathesis")
     with serving(recipe) as live:
         result = subprocess.run(
