@@ -59,7 +59,7 @@ class Model(c.Structure):
     _fields_ = (
         ("blocks", I32), ("width", I32), ("heads", I32), ("kv_heads", I32), ("head_width", I32),
         ("hidden", I32), ("norm", I32), ("activation", I32), ("position_offset", I32), ("reserved", I32),
-        ("epsilon", F32), ("embedding", P), ("positions", P), ("rotary", P), ("block", P),
+        ("epsilon", F32), ("embedding", P), ("positions", P), ("frequencies", P), ("block", P),
         ("final_norm", Norm), ("head", Linear),
     )  # fmt: skip
 

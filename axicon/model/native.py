@@ -175,19 +175,17 @@ class NativeDecoder:
 
     def _fill_model(self, decoder: Decoder) -> native.Model:
         shape, first = decoder.shape, decoder.shape.blocks[0]
-        positions = rotary = None
+        positions = frequencies = None
         if shape.rope is None:
             positions = self._pointer(decoder.embed_positions.weight.bfloat16())
         else:
-            turns = torch.arange(shape.max_positions, dtype=torch.float32)[:, None]
-            angles = turns * inverse_frequencies(shape.rope, first.head_width)
-            rotary = self._pointer(torch.cat([angles.cos(), angles.sin()], dim=1))
+            frequencies = self._pointer(inverse_frequencies(shape.rope, first.head_width))
         return native.Model(
             shape.layers, first.width_in, first.heads, first.kv_heads, first.head_width, first.hidden,
             native.RMS_NORM if shape.norm == "rms" else native.LAYER_NORM,
             native.ACTIVATIONS[shape.activation], shape.position_offset, 0,
             shape.norm_eps, self._pointer(decoder.embed_tokens.weight.bfloat16()),
-            positions, rotary, ctypes.addressof(self._blocks), self._norm(decoder.final_norm),
+            positions, frequencies, ctypes.addressof(self._blocks), self._norm(decoder.final_norm),
             self._linear(decoder.lm_head),
         )  # fmt: skip
 

@@ -34,7 +34,7 @@ struct Model {
     float epsilon;
     const bf16* embedding;        // (V, D)
     const bf16* positions;        // (P, D) or null
-    const float* rotary;          // (P, K): cosines then sines, or null
+    const float* frequencies;     // (K / 2,) of the rotary positions, or null
     const Block* block;
     NormWeights final_norm;
     Linear head;
@@ -126,7 +126,8 @@ int committed(const Step& s, int row, int group, const Extent& e) {
     return e.lengths ? e.lengths[group] : s.committed[s.request[row]];
 }
 
-void attend_tile(const Model& m, const Block& b, const Step& s, const Tile& tile, int group, const float* qkv, const Extent& e, float* out) {
+void attend_tile(const Model& m, const Block& b, const Step& s, const Tile& tile, int group, const float* qkv,
+                 const float* turns, const Extent& e, float* out) {
     thread_local std::vector<float> q, scores;
     thread_local std::vector<Query> queries;
     const int K = m.head_width, per = m.heads / m.kv_heads, width = (m.heads + 2 * m.kv_heads) * K;
@@ -140,7 +141,7 @@ void attend_tile(const Model& m, const Block& b, const Step& s, const Tile& tile
             float* to = q.data() + queries.size() * K;
             memcpy(to, qkv + size_t(r) * width + (group * per + h) * K, K * sizeof(float));
             if (b.query.weight) normalise(m, b.query, to, K, to);
-            rotate(to, m.rotary ? m.rotary + s.positions[r] * K : nullptr, K);
+            rotate(to, turns ? turns + size_t(r) * K : nullptr, K);
             for (int i = 0; i < K; i += LANES) _mm512_storeu_ps(to + i, _mm512_mul_ps(_mm512_loadu_ps(to + i), _mm512_set1_ps(b.scale)));
             queries.push_back({to, out + (size_t(r) * m.heads + group * per + h) * K, from, live, s.hidden ? s.hidden + size_t(r) * s.tree_words : nullptr});
         }
@@ -155,7 +156,7 @@ void attend_tile(const Model& m, const Block& b, const Step& s, const Tile& tile
     }
 }
 
-void append(const Model& m, const Block& b, const Step& s, int row, const float* qkv, const Extent& e) {
+void append(const Model& m, const Block& b, const Step& s, int row, const float* qkv, const float* turns, const Extent& e) {
     thread_local std::vector<float> k;
     const int K = m.head_width;
     for (int g = 0; g < m.kv_heads; ++g) {
@@ -163,7 +164,7 @@ void append(const Model& m, const Block& b, const Step& s, int row, const float*
         const float* value = qkv + size_t(m.heads + m.kv_heads + g) * K;
         k.assign(key, key + K);
         if (b.key.weight) normalise(m, b.key, k.data(), K, k.data());
-        rotate(k.data(), m.rotary ? m.rotary + s.positions[row] * K : nullptr, K);
+        rotate(k.data(), turns ? turns + size_t(row) * K : nullptr, K);
         const size_t at = (size_t(g) * e.capacity + committed(s, row, g, e) + s.offset[row]) * K;
         for (int i = 0; i < K; i += LANES) {
             store_bf16(e.keys + at + i, _mm512_loadu_ps(k.data() + i));
@@ -175,7 +176,7 @@ void append(const Model& m, const Block& b, const Step& s, int row, const float*
 }  // namespace
 
 struct Buffers {
-    std::vector<float> x, qkv, attention, up, picked;
+    std::vector<float> x, qkv, attention, up, turns;
     std::vector<char> encoded;
     std::vector<Encoded> rows;
 };
@@ -187,6 +188,8 @@ void run(const Model& m, const Step& s, Buffers& buf) {
     buf.up.resize(size_t(R) * U); buf.rows.resize(R);
     buf.encoded.resize(size_t(R) * 2 * std::max({D, A, m.hidden}));
     float *x = buf.x.data(), *qkv = buf.qkv.data(), *attention = buf.attention.data(), *up = buf.up.data();
+    buf.turns.resize(m.frequencies ? size_t(R) * m.head_width : 0);
+    float* turns = m.frequencies ? buf.turns.data() : nullptr;
     char* encoded = buf.encoded.data();
     Encoded* rows = buf.rows.data();
     const std::vector<Tile> parts = tiles(s);
@@ -214,6 +217,11 @@ void run(const Model& m, const Step& s, Buffers& buf) {
         auto put = [&](const Linear& l, int row, const float* from) { encode(l, from, encoded + row * encoded_bytes(l), rows[row]); };
 
         team.share(stage, R, [&](int r) {
+            for (int i = 0, half = m.head_width / 2; turns && i < half; ++i) {
+                const float angle = float(s.positions[r]) * m.frequencies[i];
+                turns[size_t(r) * m.head_width + i] = std::cos(angle);
+                turns[size_t(r) * m.head_width + half + i] = std::sin(angle);
+            }
             for (int i = 0; i < D; i += LANES) {
                 __m512 v = load_bf16(m.embedding + s.tokens[r] * D + i);
                 if (m.positions) v = _mm512_add_ps(v, load_bf16(m.positions + (s.positions[r] + m.position_offset) * D + i));
@@ -228,10 +236,10 @@ void run(const Model& m, const Step& s, Buffers& buf) {
                 put(b.qkv, r, h);
             });
             product(b.qkv, R, into(qkv, QKV));
-            team.share(stage, R, [&](int r) { append(m, b, s, r, qkv + size_t(r) * QKV, extents[s.request[r]]); });
+            team.share(stage, R, [&](int r) { append(m, b, s, r, qkv + size_t(r) * QKV, turns, extents[s.request[r]]); });
             team.share(stage, int(parts.size()) * m.kv_heads, [&](int i) {
                 const Tile& part = parts[i / m.kv_heads];
-                attend_tile(m, b, s, part, i % m.kv_heads, qkv, extents[s.request[part.row]], attention);
+                attend_tile(m, b, s, part, i % m.kv_heads, qkv, turns, extents[s.request[part.row]], attention);
             });
             team.share(stage, R, [&](int r) { put(b.out, r, attention + size_t(r) * A); });
             product(b.out, R, residual);
