@@ -115,7 +115,6 @@ class Subject:
     def make_engine(self) -> Any:
         """The engine that generates, over the same weights; its fingerprint goes into the results."""
         from axicon.generate.engine import Engine
-
         from axicon.generate.request import Limits
         from axicon.generate.runner import LocalRunner
 
