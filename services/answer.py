@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,6 +10,8 @@ from axicon.generate.request import Delta
 from services.errors import ApiError
 from services.plan import Plan
 from services.render import DONE, Choice, Usage
+
+log = logging.getLogger("axicon")
 
 
 class Answer:
@@ -29,8 +32,9 @@ class Answer:
         self._choices[self._index[delta.request_id]].add(delta)
 
     def events(self, deltas: Sequence[Delta]) -> bytes:
-        """Take deltas and give them back as events, up to the one that says that the request failed:
-        `trouble` holds what it says. Raises it when nothing came before."""
+        """Take deltas and give them back as events; one that only holds back a part of a character is none.
+        Stops at a delta that says that the request failed: `trouble` holds what it says. Raises it when
+        nothing came before."""
         text = ""
         for delta in deltas:
             try:
@@ -44,7 +48,8 @@ class Answer:
             if index not in self._opened:
                 self._opened.add(index)
                 text += self.form.opening(index)
-            text += self.form.event(index, delta)
+            if delta.text or delta.logprobs or delta.prompt_logprobs or delta.finish_reason:
+                text += self.form.event(index, delta)
             choice = self._choices[index]
             choice.prompt_tokens, choice.completion_tokens = delta.prompt_tokens, delta.completion_tokens
         return text.encode()
@@ -76,6 +81,7 @@ def check(delta: Delta) -> None:
             headers={"X-Should-Retry": "false"},
         )
     if delta.finish_reason == "error":
-        raise ApiError(500, delta.error or "The engine failed on this request.", code="engine_error")
+        log.warning("request %s failed: %s", delta.request_id, delta.error)
+        raise ApiError(500, "The engine failed on this request; its log has the reason.", code="engine_error")
     if delta.finish_reason == "cancelled":
         raise ApiError(503, "The server is shutting down.", code="shutting_down")

@@ -165,7 +165,7 @@ async def read_body(request: Request, server: GenerationServer) -> bytes:
         raise bad_request("Send the body uncompressed.", code="unsupported_media_type")
     most = server.recipe.limits.body_bytes
     stated = request.headers.get("content-length", "")
-    if stated.isdecimal() and int(stated) > most:
+    if stated.isdecimal() and (len(stated) > 18 or int(stated) > most):
         raise _too_large(most)
     body = bytearray()
     async for chunk in request.stream():
@@ -209,10 +209,12 @@ async def gather(stream: Stream, result: Answer, deltas: Sequence[Delta]) -> Non
 async def events(stream: Stream, result: Answer, first: bytes) -> AsyncIterator[bytes]:
     """Server-sent events: what has arrived goes out at once, and a late reader gets what has gathered in one
     piece."""
-    yield first
+    if first:
+        yield first
     try:
         while result.trouble is None and (deltas := await stream.read()):
-            yield result.events(deltas)
+            if data := result.events(deltas):
+                yield data
         if result.trouble is not None:
             raise result.trouble
         yield result.closing()

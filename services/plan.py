@@ -128,12 +128,12 @@ async def tokenize(
             raise _too_long(f"far more than {most}", most, param)
         ids: Sequence[int] = await model.text.encode_beside(prompt, special=special)
     else:
-        check_ids(prompt, model, param)
         ids = prompt
     if not ids:
         raise bad_request(f"'{param}': is empty.", param)
     if len(ids) > most:
         raise _too_long(str(len(ids)), most, param)
+    check_ids(ids, model, param)
     return ids
 
 
@@ -162,7 +162,8 @@ def _too_long(tokens: str, most: int, param: str) -> ApiError:
 
 
 def _echo(prompt: str | Sequence[int], model: Served) -> str:
-    return prompt if isinstance(prompt, str) else model.text.decode(prompt)
+    """The text of a prompt as an answer repeats it: like the rest of the answer, without special tokens."""
+    return prompt if isinstance(prompt, str) else model.text.decode(prompt, special=False)
 
 
 def _at_most(name: str, value: int | None, most: int) -> None:

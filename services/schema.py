@@ -2,7 +2,7 @@
 
 Parsing is strict: an unknown field, a value of another JSON type, NaN, a lone surrogate or text after the
 object is refused with one sentence that names the field. Bounds that need the model or the recipe (context
-length, vocabulary, how many choices) are checked in `limits`.
+length, vocabulary, how many choices) are checked in `plan`.
 """
 
 from __future__ import annotations

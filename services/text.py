@@ -49,9 +49,9 @@ class Text:
             return await asyncio.to_thread(self.encode, text, special=special)
         return self.encode(text, special=special)
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """The text of ids, special tokens included."""
-        text: str = self._fast.decode(list(ids), skip_special_tokens=False)
+    def decode(self, ids: Sequence[int], *, special: bool = True) -> str:
+        """The text of ids; `special` says whether special tokens are part of it."""
+        text: str = self._fast.decode(list(ids), skip_special_tokens=not special)
         return text
 
     def render(self, messages: Sequence[dict[str, str]]) -> str:

@@ -54,8 +54,8 @@ def serving(
 ) -> Iterator[Live]:
     """Serve `recipe` until the block ends. With `load=False` the model never gets ready."""
     server = GenerationServer(recipe or ServeRecipe(), make_thread)
-    # The protocol is named because asyncio sets TCP_NODELAY only where it is; without it every answer on a kept
-    # connection waits 40 ms for an acknowledgement.
+    # The protocol is named because asyncio sets TCP_NODELAY only where it is; without it every answer on a
+    # kept connection waits 40 ms for an acknowledgement.
     sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     sock.bind(("127.0.0.1", 0))
     config = uvicorn.Config(make_api(lambda: server), log_config=None, lifespan="off", access_log=False)

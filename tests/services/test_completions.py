@@ -108,6 +108,7 @@ def test_top_k_of_minus_one_means_no_limit(live: Live) -> None:
 def test_a_stream_says_the_same_as_one_body(live: Live) -> None:
     whole = live.post("/v1/completions", prompt="a", max_tokens=40).json()["choices"][0]
     parts = events(live.post("/v1/completions", prompt="a", max_tokens=40, stream=True))
+    assert all(part["choices"][0]["text"] for part in parts), "half a character makes no event"
     assert all(
         set(part) == {"id", "object", "created", "model", "system_fingerprint", "choices"} for part in parts
     )
@@ -176,6 +177,18 @@ def test_scoring_as_lm_eval_asks_for_it(live: Live) -> None:
         assert all(isinstance(value, float) for value in lists["token_logprobs"][1:])
         assert all(isinstance(value, dict) for value in lists["top_logprobs"][1:])
         assert lists["text_offset"] == list(range(len(prompt) + 1))
+
+
+def test_an_echo_of_ids_has_no_special_tokens_and_offsets_that_fit(live: Live) -> None:
+    choice = live.post("/v1/completions", prompt=[72, 105], echo=True, logprobs=0, max_tokens=2).json()[
+        "choices"
+    ][0]
+    assert choice["text"] == "HiTh"
+    assert [choice["text"][at] for at in choice["logprobs"]["text_offset"]] == ["H", "i", "T", "h"]
+    assert (
+        live.post("/v1/completions", prompt=[256, 72], echo=True, max_tokens=1).json()["choices"][0]["text"]
+        == "HT"
+    )
 
 
 def test_echo_of_nothing_more(live: Live) -> None:
