@@ -41,6 +41,7 @@ def look(recipe: LocalServeRecipe) -> dict[str, Any]:
 
     from axicon.model import checkpoint
 
+    recipe.build_compressor()  # a wrong name or setting is found before anything is downloaded
     folder = checkpoint.resolve(recipe.model, offline=recipe.offline, revision=recipe.revision)
     checkpoint.check(folder, dtype=getattr(torch, recipe.dtype))
     name = recipe.served_name or checkpoint.model_id(recipe.model)

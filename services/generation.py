@@ -42,8 +42,11 @@ LONGEST_WAIT_S = 30
 def engine_thread(recipe: ServeRecipe) -> EngineThread:
     """The engine that a recipe asks for, not started."""
     # Here, so that whoever only deploys this class does not load torch.
+    from axicon.compress.walk import Compress
     from axicon.generate.build import build_engine
     from axicon.generate.thread import EngineThread
+
+    compressor = recipe.build_compressor()
 
     limits = Limits(
         max_queue=recipe.max_queue,
@@ -63,6 +66,7 @@ def engine_thread(recipe: ServeRecipe) -> EngineThread:
             revision=recipe.revision,
             offline=recipe.offline,
             limits=limits,
+            transform=None if compressor is None else Compress(compressor),
         )
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -24,3 +25,18 @@ def compress(compressor: Compressor, model: Decoder, inputs: Sequence[Tensor] = 
         inputs = compressor.block(block, inputs)
     compressor.finish(model)
     return model
+
+
+@dataclass(frozen=True)
+class Compress:
+    """A compressor that needs no data, as something to do to a decoder. Its `str` is the method and its
+    settings.
+    """
+
+    compressor: Compressor
+
+    def __call__(self, decoder: Decoder) -> Decoder:
+        return compress(self.compressor, decoder)
+
+    def __str__(self) -> str:
+        return repr(self.compressor)

@@ -94,3 +94,26 @@ def test_keys_that_are_asked_for_and_missing_are_refused(monkeypatch: pytest.Mon
     with pytest.raises(AxiconError, match="api_keys_env=KEYS: this environment variable holds no key"):
         ServeRecipe(api_keys_env="KEYS").api_key_digests()
     assert ServeRecipe().api_key_digests() == ()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["compressor=gptq4"], "known are llm_int8"),
+        (["compressor.method=llm_int8", "compressor.treshold=4"], "did you mean 'threshold'"),
+        (["compressor.method=llm_int8", "compressor.threshold=x"], "must be a valid number"),
+        (["compressor.method=llm_int8", "compressor.threshold=-1"], "negative"),
+    ],
+)
+def test_a_wrong_method_is_one_line(words: list[str], said: str) -> None:
+    with pytest.raises(AxiconError, match=said):
+        ServeRecipe.parse(words).build_compressor()
+
+
+def test_what_is_served_by_default() -> None:
+    assert repr(ServeRecipe().build_compressor()) == "LLMInt8(threshold=3.0, head=True, skip=())"
+    assert ServeRecipe.parse(["compressor=none"]).build_compressor() is None
+    assert ServeRecipe.parse(["dtype=float32"]).build_compressor() is None
+    assert repr(ServeRecipe.parse(["compressor=llm_int8"]).build_compressor()).startswith("LLMInt8(threshold=6.0")
+    again = ServeRecipe.model_validate(ServeRecipe.parse(["compressor=llm_int8"]).model_dump(mode="json"))
+    assert again.compressor == ServeRecipe.parse(["compressor=llm_int8"]).compressor
