@@ -115,5 +115,5 @@ def test_what_is_served_by_default() -> None:
     assert ServeRecipe.parse(["compressor=none"]).build_compressor() is None
     assert ServeRecipe.parse(["dtype=float32"]).build_compressor() is None
     assert repr(ServeRecipe.parse(["compressor=llm_int8"]).build_compressor()).startswith("LLMInt8(threshold=6.0")
-    again = ServeRecipe.model_validate(ServeRecipe.parse(["compressor=llm_int8"]).model_dump(mode="json"))
-    assert again.compressor == ServeRecipe.parse(["compressor=llm_int8"]).compressor
+    named = ServeRecipe.parse(["compressor=llm_int8"])
+    assert ServeRecipe.model_validate(named.model_dump(mode="json")).compressor == named.compressor
