@@ -121,29 +121,17 @@ SERVED_BY_DEFAULT = Method.model_validate({"method": "llm_int8", "threshold": 3.
 the embedded model it loses 2 % of perplexity; 3 loses under 1 % at the same speed (docs/results.md)."""
 
 
-class ServeRecipe(Recipe):
-    """What one endpoint serves; the argument of `services.app:build`."""
+class ModelRecipe(Recipe):
+    """Which model, and what it becomes before it is used."""
 
     model: str = Field("demo", min_length=1, description="demo, a model directory, a .gguf file, or a hub id")
     revision: str | None = Field(None, description="commit or tag of a hub id; none: its main branch")
     offline: bool | None = Field(None, description="never ask the hub; none: as HF_HUB_OFFLINE says")
-    served_name: str | None = Field(None, min_length=1, description="name clients use; none: the model's own")
     dtype: Dtype = Field("bfloat16", description="numbers the model computes in")
     compressor: OptionalMethod = Field(
         AUTO, description="applied after loading: auto is int8 for bfloat16, none leaves the model alone"
     )
     threads: int | None = Field(None, ge=1, le=1024, description="compute threads; none: one per core")
-    kv_gib: float | None = Field(None, gt=0, description="memory for keys and values; none: by what is free")
-    max_rows: int = Field(64, ge=1, le=1024, description="choices generated at the same time")
-    prefill_chunk: int = Field(256, ge=16, le=8192, description="prompt tokens computed per step")
-    max_queue: int = Field(256, ge=0, description="choices that may wait; more is a 429")
-    max_model_len: int | None = Field(None, ge=2, description="prompt plus output; none: all the model knows")
-    limits: RequestLimits = Field(RequestLimits(), description="the most one request may ask for")
-    request_timeout_s: float = Field(600, gt=0, description="a request that takes longer is ended")
-    stall_s: float = Field(30, gt=0, description="/health fails when work waits this long without a step")
-    api_keys_env: str | None = Field(None, min_length=1, description="variable with API keys, comma between")
-    api_key_hashes: Digests = Field((), description="SHA-256 digests of API keys, in hex")
-    allowed_hosts: Words = Field((), description="without keys: host names to answer to beside loopback ones")
 
     def build_compressor(self) -> Compressor | None:
         """What to do to the model after loading. Raises AxiconError for a method that needs data."""
@@ -158,6 +146,23 @@ class ServeRecipe(Recipe):
         if compressor.needs_inputs:
             raise AxiconError(f"compressor={method.method} needs calibration data and cannot be applied here")
         return compressor
+
+
+class ServeRecipe(ModelRecipe):
+    """What one endpoint serves; the argument of `services.app:build`."""
+
+    served_name: str | None = Field(None, min_length=1, description="name clients use; none: the model's own")
+    kv_gib: float | None = Field(None, gt=0, description="memory for keys and values; none: by what is free")
+    max_rows: int = Field(64, ge=1, le=1024, description="choices generated at the same time")
+    prefill_chunk: int = Field(256, ge=16, le=8192, description="prompt tokens computed per step")
+    max_queue: int = Field(256, ge=0, description="choices that may wait; more is a 429")
+    max_model_len: int | None = Field(None, ge=2, description="prompt plus output; none: all the model knows")
+    limits: RequestLimits = Field(RequestLimits(), description="the most one request may ask for")
+    request_timeout_s: float = Field(600, gt=0, description="a request that takes longer is ended")
+    stall_s: float = Field(30, gt=0, description="/health fails when work waits this long without a step")
+    api_keys_env: str | None = Field(None, min_length=1, description="variable with API keys, comma between")
+    api_key_hashes: Digests = Field((), description="SHA-256 digests of API keys, in hex")
+    allowed_hosts: Words = Field((), description="without keys: host names to answer to beside loopback ones")
 
     def api_key_digests(self) -> tuple[bytes, ...]:
         """SHA-256 digests of the keys accepted. Raises AxiconError if asked-for keys are missing."""
@@ -189,14 +194,11 @@ class LocalServeRecipe(ServeRecipe):
         return self.model_dump(mode="json", include=set(ServeRecipe.model_fields))
 
 
-class EvaluateRecipe(Recipe):
+class EvaluateRecipe(ModelRecipe):
     """What to measure of a model: perplexity on a text, tasks of lm-eval, or both."""
 
-    model: str = Field("demo", min_length=1, description="demo, a model directory, a .gguf file, or a hub id")
-    revision: str | None = Field(None, description="commit or tag of a hub id; none: its main branch")
-    offline: bool | None = Field(None, description="never ask the hub; none: as HF_HUB_OFFLINE says")
     dtype: Dtype = Field("float32", description="numbers the model computes in")
-    threads: int | None = Field(None, ge=1, le=1024, description="compute threads; none: one per core")
+    compressor: OptionalMethod = Field(None, description="applied after loading, such as llm_int8")
     text: str | None = Field(None, description="perplexity on this text file or hub data set")
     column: str = Field("text", description="the field that holds the text of a record")
     window: int = Field(2048, ge=2, description="tokens per perplexity window")

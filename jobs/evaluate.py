@@ -96,6 +96,7 @@ class Subject:
         from axicon.model import checkpoint
 
         self.recipe = recipe
+        self.compressor = recipe.build_compressor()
         self.path = checkpoint.resolve(recipe.model, offline=recipe.offline, revision=recipe.revision)
         self.name = checkpoint.model_id(recipe.model)
         self.fingerprint: str | None = None
@@ -103,6 +104,7 @@ class Subject:
     def load(self) -> None:
         import torch
 
+        from axicon.compress.walk import Compress
         from axicon.generate.machine import cores
         from axicon.model import checkpoint
 
@@ -111,6 +113,10 @@ class Subject:
         self.tokenizer = checkpoint.load_tokenizer(self.path)
         self.decoder = checkpoint.load(self.path, dtype=getattr(torch, recipe.dtype))
         self.digest = checkpoint.digest(self.path)
+        if self.compressor is not None:
+            change = Compress(self.compressor)
+            self.decoder = change(self.decoder)
+            self.digest += f" {change}"
 
     def make_engine(self) -> Any:
         """The engine that generates, over the same weights; its fingerprint goes into the results."""
