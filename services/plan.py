@@ -125,7 +125,7 @@ async def tokenize(
     if isinstance(prompt, str):
         # No token stands for more bytes than the longest one: this text cannot fit, however it is split.
         if len(prompt) > most * model.text.longest:
-            raise _too_long(f"far more than {most}", most, param)
+            raise _too_long(f"more than {most}", most, param)
         ids: Sequence[int] = await model.text.encode_beside(prompt, special=special)
     else:
         ids = prompt
