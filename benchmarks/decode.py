@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from measure import RESULTS, complain, read_bandwidth, save, surroundings
-from peer import PEERS, Worker, workers
+from peer import PEERS, Worker, peer_class, workers
 from pydantic import BeforeValidator, Field
 from rich.console import Console
 from rich.table import Table
@@ -85,8 +85,9 @@ def measure(recipe: DecodeBench) -> dict[str, Any]:
 def _is_present(name: str) -> bool:
     if name not in PEERS:
         raise AxiconError(f"peers={name}: known are {', '.join(PEERS)}")
-    if importlib.util.find_spec(PEERS[name].needs) is None:
-        complain(f"{name} is not measured: the package {PEERS[name].needs} is not installed")
+    needs = peer_class(name).needs
+    if importlib.util.find_spec(needs) is None:
+        complain(f"{name} is not measured: the package {needs} is not installed")
         return False
     return True
 

@@ -8,6 +8,7 @@ waits for its next line. A new peer is one class and one entry in `PEERS`.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import os
 import random
@@ -70,9 +71,17 @@ class Axicon:
     def __init__(self, model: str, dtype: str, threads: int) -> None:
         from axicon.generate.build import build_engine
 
-        self.engine = build_engine(model, dtype=dtype, threads=threads)  # type: ignore[arg-type]
-        self.bytes = _weight_bytes(model, dtype)
+        change = self.transform()
+        self.engine = build_engine(model, dtype=dtype, threads=threads, transform=change)  # type: ignore[arg-type]
+        self.bytes = self.count_bytes(model, dtype)
         self.number = 0
+
+    def transform(self) -> Any:
+        """What is done to the model before it is packed."""
+        return None
+
+    def count_bytes(self, model: str, dtype: str) -> int:
+        return _weight_bytes(model, dtype)
 
     def weight_bytes(self) -> int:
         return self.bytes
@@ -111,6 +120,21 @@ class Axicon:
             total_s=decode[-1][0],
             tokens=tokens,
         )
+
+
+class AxiconInt8(Axicon):
+    """What `axicon serve` runs by default."""
+
+    def transform(self) -> Any:
+        from axicon.compress.walk import Compress
+        from axicon.recipe import ServeRecipe
+
+        compressor = ServeRecipe().build_compressor()
+        assert compressor is not None
+        return Compress(compressor)
+
+    def count_bytes(self, model: str, dtype: str) -> int:
+        return _weight_bytes(model, "int8")
 
 
 class Transformers:
@@ -166,7 +190,20 @@ class Transformers:
         )
 
 
-PEERS: dict[str, type[Peer]] = {"axicon": Axicon, "transformers": Transformers}
+PEERS: dict[str, str] = {
+    "axicon": "peer:Axicon",
+    "axicon-int8": "peer:AxiconInt8",
+    "transformers": "peer:Transformers",
+    "ctranslate2-int8": "others:CTranslate2Int8",
+    "openvino-int8": "others:OpenVINO",
+    "openvino-int4": "others:OpenVINOInt4",
+}
+
+
+def peer_class(name: str) -> type[Peer]:
+    module, _, attribute = PEERS[name].partition(":")
+    found: type[Peer] = getattr(importlib.import_module(module), attribute)
+    return found
 
 
 def _weight_bytes(model: str, dtype: str) -> int:
@@ -242,7 +279,7 @@ def main(name: str, settings: Mapping[str, Any]) -> None:
     answers = sys.stdout
     sys.stdout = sys.stderr  # whatever a library prints must not end between the answers
     began = time.perf_counter()
-    peer = PEERS[name](settings["model"], settings["dtype"], settings["threads"])
+    peer = peer_class(name)(settings["model"], settings["dtype"], settings["threads"])
     about = {
         "load_s": time.perf_counter() - began,
         "weight_bytes": peer.weight_bytes(),
