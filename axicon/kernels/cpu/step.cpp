@@ -1,13 +1,13 @@
 // One step of a decoder in one call: every row of the step through every block, all threads in one parallel region.
 //
 // A small model spends its time between the products, not in them: 30 blocks of 5 calls each cost more in dispatch
-// than the weights cost in memory traffic. Here threads are started once a step and meet at barriers; work inside a
-// stage is claimed in small pieces from a counter, so that a thread that loses its core holds the others up little.
+// than the weights cost in memory traffic. Here the threads enter one parallel region a step and share its stages.
 // The residual stream and all activations between products are float32; products see bf16 or int8 (see linear.h).
 #include <omp.h>
 
 #include <atomic>
 #include <memory>
+#include <thread>
 #include <vector>
 
 #include "attention.h"
@@ -55,21 +55,32 @@ struct Step {
 
 namespace {
 
-class Team {  // stages of work shared by the threads of a step
+// Stages of work shared by the threads of a step. Pieces are claimed from a counter, and a stage is over when all
+// its pieces are done, not when all threads have come: a thread that lost its core holds the others up only if it
+// lost it in the middle of a piece. It finds the stages it missed finished and walks through them.
+class Team {
 public:
-    explicit Team(int stages) : next_(new std::atomic<int>[stages]) {
-        for (int i = 0; i < stages; ++i) next_[i].store(0, std::memory_order_relaxed);
-    }
-    // Runs f(piece) for every piece, each on some thread; all threads leave together.
+    explicit Team(int stages) : stages_(new Stage[stages]) {}
+
+    // Runs f(piece) for every piece, each on some thread; a thread leaves when all are done.
     template <class F>
     void share(int& stage, int pieces, F&& f) {
-        std::atomic<int>& next = next_[stage++];
-        for (int i; (i = next.fetch_add(1, std::memory_order_relaxed)) < pieces;) f(i);
-#pragma omp barrier
+        Stage& s = stages_[stage++];
+        for (int i; (i = s.next.fetch_add(1, std::memory_order_relaxed)) < pieces;) {
+            f(i);
+            s.done.fetch_add(1, std::memory_order_release);
+        }
+        for (int spins = 0; s.done.load(std::memory_order_acquire) < pieces;)
+            if (++spins < SPINS) _mm_pause();
+            else std::this_thread::yield();
     }
 
 private:
-    std::unique_ptr<std::atomic<int>[]> next_;
+    static constexpr int SPINS = 4000;  // some tens of microseconds, longer than any piece
+    struct alignas(64) Stage {
+        std::atomic<int> next{0}, done{0};
+    };
+    std::unique_ptr<Stage[]> stages_;
 };
 
 void normalise(const Model& m, const NormWeights& n, const float* x, int width, float* y) {
