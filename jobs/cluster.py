@@ -15,7 +15,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -128,17 +128,25 @@ def proxy() -> Path | None:
 
 @contextlib.contextmanager
 def local_ray(
-    metadata: Metadata, *, dashboard_port: int | None = None, debug: bool = False
+    metadata: Metadata,
+    before_start: Callable[[], None] = lambda: None,
+    dashboard_port: int | None = None,
+    *,
+    debug: bool = False,
 ) -> Iterator[Path]:
     """Ray on this machine for the time of the block. Yields its private folder, where its logs are.
 
-    Ray reads its settings at import, so this must run before anything imports it. Raises AxiconError when Ray
+    Ray reads its settings at import, so this must run before anything imports it. `before_start` is called
+    when it is imported and nothing runs yet; what it raises ends the matter. Raises AxiconError when Ray
     cannot be started.
     """
     if "ray" in sys.modules:
         raise RuntimeError("local_ray must run before ray is imported: Ray would not see its settings")
     folder = private_folder()
     with _reaped(folder), _variables(environment(metadata, folder)):
+        from ray import serve  # noqa: F401 - slow, so it is done while others may be at work
+
+        before_start()
         _start(metadata.local, folder, dashboard_port, debug)
         try:
             yield folder

@@ -8,31 +8,45 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from typing import Any
+from typing import Any, Self
 
 from axicon.errors import AxiconError, RunFailed
 from axicon.recipe import LocalServeRecipe
 
 
-def prepare(recipe: LocalServeRecipe) -> LocalServeRecipe:
-    """The recipe with its model as a directory that can be served, and its name. Raises AxiconError.
+class Preparation:
+    """`with Preparation(recipe) as model:` begins to look at its model; `model.result()` waits for the end.
 
-    What the hub says of a download goes to standard error. A signal ends the process with this one's wait.
+    What the hub says of a download goes to standard error. Leaving the block early ends the process.
     """
-    command = [sys.executable, "-m", "jobs.prepare", recipe.model_dump_json()]
-    # In a session of its own: Ctrl-C is for the command, which ends this.
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True) as process:
-        try:
-            said, _ = process.communicate()
-        except BaseException:
-            process.terminate()
-            raise
-    if process.returncode != 0:
-        raise RunFailed("the model could not be looked at; the reason is above")
-    answer = json.loads(said)
-    if "error" in answer:
-        raise AxiconError(answer["error"])
-    return recipe.model_copy(update=answer)
+
+    def __init__(self, recipe: LocalServeRecipe) -> None:
+        self.recipe = recipe
+        self.answer: dict[str, Any] | None = None
+        command = [sys.executable, "-m", "jobs.prepare", recipe.model_dump_json()]
+        # In a session of its own: Ctrl-C is for the command, which ends this.
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
+
+    def result(self) -> LocalServeRecipe:
+        """The recipe with its model as a directory that can be served, and its name. Raises AxiconError."""
+        if self.answer is None:
+            said, _ = self.process.communicate()
+            if self.process.returncode != 0:
+                raise RunFailed("the model could not be looked at; the reason is above")
+            self.answer = json.loads(said)
+        if "error" in self.answer:
+            raise AxiconError(self.answer["error"])
+        return self.recipe.model_copy(update=self.answer)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.process.poll() is None:
+            self.process.terminate()
+        self.process.wait()
+        if self.process.stdout is not None:
+            self.process.stdout.close()
 
 
 def look(recipe: LocalServeRecipe) -> dict[str, Any]:

@@ -25,7 +25,7 @@ import psutil
 from axicon.errors import AxiconError, RunFailed
 from axicon.recipe import LocalServeRecipe, ServeRecipe
 from jobs import cluster
-from jobs.prepare import prepare
+from jobs.prepare import Preparation
 from jobs.progress import Reporter
 
 APPLICATION = "generate"
@@ -46,10 +46,17 @@ def run(recipe: LocalServeRecipe, *, say: Callable[[str], None] = print, debug: 
             check_address(recipe)
             metadata = cluster.read(recipe.cluster)
             reporter.say(f"looking at the model {recipe.model}")
-            resolved = prepare(recipe)
-            reporter.say("starting Ray on this machine")
-            with cluster.local_ray(metadata, dashboard_port=recipe.dashboard_port, debug=debug) as folder:
+
+            def check_model() -> None:
+                model.result()
+                reporter.say("starting Ray on this machine")
+
+            with (
+                Preparation(recipe) as model,
+                cluster.local_ray(metadata, check_model, recipe.dashboard_port, debug=debug) as folder,
+            ):
                 rearm()  # Ray puts a handler of its own in the place of ours
+                resolved = model.result()
                 reporter.say(f"loading {resolved.served_name}")
                 deploy(resolved, debug=debug)
                 wait_until_ready(resolved)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import shutil
 import socket
@@ -32,6 +33,8 @@ os.environ.setdefault("AXICON_CACHE", str(ROOT / ".cache"))
 
 def pytest_unconfigure() -> None:
     shutil.rmtree(RAY_TMPDIR, ignore_errors=True)
+    # Triton, which transformers imports, lists its leaks when the interpreter ends, after pytest's last line.
+    atexit.register(lambda: os.dup2(os.open(os.devnull, os.O_WRONLY), 2))
 
 
 @pytest.fixture(scope="session")

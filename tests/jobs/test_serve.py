@@ -16,7 +16,7 @@ import pytest
 from axicon.errors import AxiconError
 from axicon.recipe import LocalServeRecipe, ServeRecipe
 from jobs import serve
-from jobs.prepare import look, prepare
+from jobs.prepare import Preparation, look
 
 
 def recipe(**values: object) -> LocalServeRecipe:
@@ -133,11 +133,19 @@ def test_too_little_memory_is_found_before_anything_is_started(monkeypatch: pyte
 
 
 def test_the_model_is_looked_at_in_a_process_that_does_not_stay() -> None:
-    resolved = prepare(recipe(model="demo", port=8001))
+    with Preparation(recipe(model="demo", port=8001)) as model:
+        resolved = model.result()
+        assert model.result() == resolved
     assert (resolved.served_name, resolved.port) == ("SmolLM2-135M-Instruct", 8001)
     assert (Path(resolved.model) / "model.safetensors").exists()
-    with pytest.raises(AxiconError, match="none: no such file or directory"):
-        prepare(recipe(model="./none"))
+    with Preparation(recipe(model="./none")) as model, pytest.raises(AxiconError, match="none: no such file"):
+        model.result()
+
+
+def test_a_look_at_a_model_that_nobody_waits_for_is_ended() -> None:
+    with pytest.raises(KeyboardInterrupt), Preparation(recipe(model="demo")) as model:
+        raise KeyboardInterrupt
+    assert model.process.returncode is not None
 
 
 TRACEBACK = """The deployment failed to start. Error:
