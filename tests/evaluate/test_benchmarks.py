@@ -43,7 +43,8 @@ def run(script: str, *words: str) -> tuple[subprocess.CompletedProcess[str], dic
 @pytest.mark.slow
 def test_decoding_beside_transformers(model: Path, tmp_path: Path) -> None:
     done, result = run(
-        "decode.py", f"model={model}", "dtype=float32", "threads=1", "streams=1,3", "rounds=1",
+        "decode.py", f"model={model}", "peers=axicon,transformers", "dtype=float32", "threads=1",
+        "streams=1,3", "rounds=1",
         "prompt_tokens=20", "new_tokens=9", f"out={tmp_path}",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
