@@ -10,7 +10,7 @@ heads, K head width, V vocabulary, O out, I in, L layers, R request rows.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
@@ -155,6 +155,10 @@ class Runner(Protocol):
         """`system_fingerprint`: digest of model, storage format, numerics path, versions, instruction set,
         threads and plan. Equal fingerprint, request and seed give equal bytes on a CPU.
         """
+        ...
+
+    def describe(self) -> Mapping[str, object]:
+        """What the fingerprint is made of; `format` and `kernels` among it."""
         ...
 
     def slots_reserved(self, tokens: int) -> int:

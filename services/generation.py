@@ -13,7 +13,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from axicon.generate.request import Delta, Limits, Overloaded, Request
 from axicon.recipe import ServeRecipe
@@ -93,7 +93,8 @@ class GenerationServer:
         self._served = served = await asyncio.to_thread(self._describe)
         self._metrics = Metrics(served.name, self.thread.stats)
         self._watcher = asyncio.create_task(self._watch())
-        log.info("serving %s, context %d tokens", served.name, served.max_len)
+        how = f"{served.format} by {served.kernels}"
+        log.info("serving %s in %s, context %d tokens", served.name, how, served.max_len)
 
     async def close(self) -> None:
         """End every request and the engine thread."""
@@ -215,6 +216,7 @@ class GenerationServer:
         """What the loaded engine serves."""
         engine = self.thread.engine
         text = Text(engine.tokenizer)
+        about = engine.runner.describe()
         return Served(
             name=self.recipe.served_name or engine.model_name,
             text=text,
@@ -222,4 +224,6 @@ class GenerationServer:
             max_len=engine.max_model_len,
             created=int(time.time()),
             fingerprint=self.thread.fingerprint,
+            format="+".join(cast(list[str], about["format"])),
+            kernels=str(about["kernels"]),
         )

@@ -130,7 +130,8 @@ def _add_operations(api: FastAPI, get_server: Callable[[], GenerationServer]) ->
         trouble = get_server().trouble()
         if trouble is not None:
             raise ApiError(503, trouble, code="not_ready")
-        return Json({"status": "ok"})
+        served = get_server().served
+        return Json({"status": "ok", "format": served.format, "kernels": served.kernels})
 
     @api.get("/metrics")
     async def metrics() -> Response:

@@ -110,7 +110,7 @@ ANSWERS: dict[str, Schema] = {
         vocab_size=INTEGER,
         chat_template=an(TEXT),
     ),
-    "Health": an_object(status=one_of("ok")),
+    "Health": an_object(status=one_of("ok"), format=TEXT, kernels=TEXT),
     "Error": an_object(error=an_object(message=TEXT, type=TEXT, param=an(TEXT), code=an(TEXT))),
 }
 

@@ -34,6 +34,10 @@ class Served:
     created: int
     """Seconds since 1970 when it was loaded."""
     fingerprint: str
+    format: str
+    """How the weights are stored."""
+    kernels: str
+    """Who computes: torch, or the compiled kernels by name."""
 
 
 @dataclass(frozen=True, slots=True)

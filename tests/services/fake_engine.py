@@ -65,7 +65,10 @@ class FakeThread:
             tokenizer=tokenizer,
             model_name="fake",
             max_model_len=max_model_len,
-            runner=SimpleNamespace(capacity=SimpleNamespace(vocab=len(tokenizer))),
+            runner=SimpleNamespace(
+                capacity=SimpleNamespace(vocab=len(tokenizer)),
+                describe=lambda: {"format": ["none"], "kernels": "a fake"},
+            ),
         )
         self.fingerprint = "fake-1"
         self.error: BaseException | None = None

@@ -145,7 +145,9 @@ def test_tokenizer_info_is_what_lm_eval_asks_for(live: Live) -> None:
 
 def test_health_follows_the_decode_loop() -> None:
     with serving() as live:
-        assert live.client.get("/health").json() == {"status": "ok"}
+        assert live.client.get("/health").json() == {
+            "status": "ok", "format": "none", "kernels": "a fake"
+        }
         live.fake.hold()
         response = live.client.get("/health")
         assert refused(response, 503)[1] == "not_ready"
