@@ -111,7 +111,12 @@ def _summary(runs: Sequence[Mapping[str, Any]], streams: int) -> dict[str, Any]:
         "step_s": streams / rate,
         "first_token_s": statistics.median(run["first_token"] for run in runs),
         "pss_bytes": max(run["pss_bytes"] for run in runs),
+        "parts_s": _median_parts([run["parts_s"] for run in runs if run["parts_s"]]),
     }
+
+
+def _median_parts(parts: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    return {name: statistics.median(part[name] for part in parts) for name in (parts[0] if parts else ())}
 
 
 def _same_text(runs: Mapping[str, Mapping[int, Sequence[Mapping[str, Any]]]]) -> dict[str, dict[int, float]]:
@@ -167,7 +172,13 @@ def table(result: Mapping[str, Any]) -> Table:
     steps = ", ".join(
         f"{name} {peer['roofline_step_s'] * 1e3:.1f} ms" for name, peer in result["peers"].items()
     )
-    shown.caption = f"reads {gigabytes:.1f} GB/s; a step that reads each weight once: {steps}"
+    lines = [f"reads {gigabytes:.1f} GB/s; a step that reads each weight once: {steps}"]
+    for name, peer in result["peers"].items():
+        for streams, row in peer["streams"].items():
+            if row["parts_s"]:
+                split = ", ".join(f"{part} {seconds * 1e3:.2f}" for part, seconds in row["parts_s"].items())
+                lines.append(f"{name}, {streams} streams, ms per step: {split}")
+    shown.caption = "\n".join(lines)
     return shown
 
 

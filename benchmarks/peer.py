@@ -39,6 +39,8 @@ class Run:
     total_s: float
     tokens: list[list[int]]
     """What was generated, per stream."""
+    parts_s: dict[str, float] | None = None
+    """Seconds of a decode step by what they went into, where the peer can tell."""
 
     @property
     def decode_rate(self) -> float:
@@ -99,6 +101,8 @@ class Axicon:
         tokens: list[list[int]] = [[] for _ in prompts]
         first: list[float] = [0.0] * len(prompts)
         ended: list[tuple[float, int]] = []
+        spent: list[dict[str, float]] = []
+        native = self.engine.runner.native  # type: ignore[attr-defined]
         start = time.perf_counter()
         for stream, prompt in enumerate(prompts):
             self.engine.add(Request(id=f"{self.number}-{stream}", prompt=prompt, params=params))
@@ -111,6 +115,7 @@ class Axicon:
                     first[stream] = now
                 tokens[stream] += delta.tokens
             ended.append((now, sum(len(delta.tokens) for delta in deltas)))
+            spent.append(native.seconds() if native else {})
         last_first = max(first)
         decode = [(at, count) for at, count in ended if at > last_first and count]
         return Run(
@@ -119,7 +124,19 @@ class Axicon:
             decode_tokens=sum(count for _, count in decode),
             total_s=decode[-1][0],
             tokens=tokens,
+            parts_s=_parts(ended, spent, last_first) if native else None,
         )
+
+
+def _parts(
+    ended: Sequence[tuple[float, int]], spent: Sequence[Mapping[str, float]], last_first: float
+) -> dict[str, float]:
+    """Mean seconds per decode step inside the kernels, and `python` for all that is outside of them."""
+    first = next(i for i, (at, _) in enumerate(ended) if at >= last_first)
+    steps = len(ended) - 1 - first
+    parts = {name: (spent[-1][name] - spent[first][name]) / steps for name in spent[-1]}
+    whole = (ended[-1][0] - ended[first][0]) / steps
+    return parts | {"python": whole - sum(parts.values())}
 
 
 class AxiconInt8(Axicon):

@@ -103,6 +103,7 @@ def library() -> Library:
         "axicon_pack_bf16": (P, I32, I32, P),
         "axicon_linear": (P, P, I32, P, I32),
         "axicon_buffers_delete": (P,),
+        "axicon_seconds": (P, P),
         "axicon_step": (P, P, P),
     }.items():
         getattr(lib, name).argtypes = arguments

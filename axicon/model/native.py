@@ -100,6 +100,12 @@ class NativeDecoder:
         """Name of the compiled kernels: source, compiler, flags and processor decide it."""
         return str(Path(self.library._name).stem)
 
+    def seconds(self) -> dict[str, float]:
+        """Time spent in all steps so far, by what it was spent on."""
+        spent = (ctypes.c_double * 3)()
+        self.library.axicon_seconds(self._buffers, ctypes.addressof(spent))
+        return dict(zip(("products", "attention", "rest"), spent, strict=True))
+
     def __del__(self) -> None:
         if getattr(self, "_buffers", None):
             self.library.axicon_buffers_delete(self._buffers)

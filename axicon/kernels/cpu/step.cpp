@@ -6,6 +6,7 @@
 #include <omp.h>
 
 #include <atomic>
+#include <chrono>
 #include <memory>
 #include <thread>
 #include <vector>
@@ -58,13 +59,15 @@ namespace {
 // Stages of work shared by the threads of a step. Pieces are claimed from a counter, and a stage is over when all
 // its pieces are done, not when all threads have come: a thread that lost its core holds the others up only if it
 // lost it in the middle of a piece. It finds the stages it missed finished and walks through them.
+enum Kind { PRODUCTS = 0, ATTENTION = 1, REST = 2 };
+
 class Team {
 public:
-    explicit Team(int stages) : stages_(new Stage[stages]) {}
+    Team(int stages, double* seconds) : stages_(new Stage[stages]), seconds_(seconds), since_(now()) {}
 
     // Runs f(piece) for every piece, each on some thread; a thread leaves when all are done.
     template <class F>
-    void share(int& stage, int pieces, F&& f) {
+    void share(int& stage, int pieces, F&& f, Kind kind = REST) {
         Stage& s = stages_[stage++];
         for (int i; (i = s.next.fetch_add(1, std::memory_order_relaxed)) < pieces;) {
             f(i);
@@ -73,14 +76,24 @@ public:
         for (int spins = 0; s.done.load(std::memory_order_acquire) < pieces;)
             if (++spins < SPINS) _mm_pause();
             else std::this_thread::yield();
+        if (omp_get_thread_num() == 0) {
+            const double end = now();
+            seconds_[kind] += end - since_;
+            since_ = end;
+        }
     }
 
 private:
+    static double now() {
+        return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
+    }
     static constexpr int SPINS = 4000;  // some tens of microseconds, longer than any piece
     struct alignas(64) Stage {
         std::atomic<int> next{0}, done{0};
     };
     std::unique_ptr<Stage[]> stages_;
+    double* seconds_;
+    double since_;
 };
 
 void normalise(const Model& m, const NormWeights& n, const float* x, int width, float* y) {
@@ -190,6 +203,7 @@ struct Buffers {
     std::vector<float> x, qkv, attention, up, turns;
     std::vector<char> encoded;
     std::vector<Encoded> rows;
+    double seconds[3] = {0, 0, 0};  // by Kind, over all steps
 };
 
 void run(const Model& m, const Step& s, Buffers& buf) {
@@ -204,7 +218,7 @@ void run(const Model& m, const Step& s, Buffers& buf) {
     char* encoded = buf.encoded.data();
     Encoded* rows = buf.rows.data();
     const std::vector<Tile> parts = tiles(s);
-    Team team(m.blocks * 10 + 3);
+    Team team(m.blocks * 10 + 3, buf.seconds);
 
 #pragma omp parallel num_threads(s.threads)
     {
@@ -216,7 +230,7 @@ void run(const Model& m, const Step& s, Buffers& buf) {
             const int blocks = l.outputs / LANES, grain = std::max(2, blocks / 64 & ~1);
             team.share(stage, (blocks + grain - 1) / grain, [&](int i) {
                 multiply(l, encoded, rows, R, i * grain, std::min(grain, blocks - i * grain), store);
-            });
+            }, PRODUCTS);
         };
         auto into = [](float* y, int width) {
             return [=](int row, int o, __m512 v) { _mm512_storeu_ps(y + size_t(row) * width + o, v); };
@@ -251,7 +265,7 @@ void run(const Model& m, const Step& s, Buffers& buf) {
             team.share(stage, int(parts.size()) * m.kv_heads, [&](int i) {
                 const Tile& part = parts[i / m.kv_heads];
                 attend_tile(m, b, s, part, i % m.kv_heads, qkv, turns, extents[s.request[part.row]], attention);
-            });
+            }, ATTENTION);
             team.share(stage, R, [&](int r) { put(b.out, r, attention + size_t(r) * A); });
             product(b.out, R, residual);
             team.share(stage, R, [&](int r) {
@@ -294,6 +308,12 @@ void axicon_pack_bf16(const uint16_t* w, int N, int K, uint16_t* packed) {
 
 void* axicon_buffers_new() { return new axicon::Buffers; }
 void axicon_buffers_delete(void* b) { delete static_cast<axicon::Buffers*>(b); }
+
+// Seconds spent so far in products, attention and the rest.
+void axicon_seconds(void* b, double* three) {
+    std::copy_n(static_cast<axicon::Buffers*>(b)->seconds, 3, three);
+}
+
 void axicon_step(const axicon::Model* m, const axicon::Step* s, void* b) { axicon::run(*m, *s, *static_cast<axicon::Buffers*>(b)); }
 
 // y (R, N) = x (R, K) W^T, all float32: one product alone, for tests and benchmarks.
