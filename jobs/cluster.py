@@ -102,6 +102,8 @@ def environment(metadata: Metadata, folder: Path) -> dict[str, str]:
     env = {
         **metadata.env,
         **metadata.local.env,
+        # `python` of a job is the one that runs here.
+        "PATH": os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", os.defpath)]),
         "RAY_TMPDIR": str(folder),
         "RAY_AUTH_TOKEN_PATH": str(folder / "token"),
         "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(folder / "haproxy.cfg"),

@@ -24,6 +24,7 @@ import psutil
 
 from axicon import __version__
 from axicon.errors import AxiconError
+from jobs.address import is_loopback
 
 Level = Literal["ok", "note", "unsafe", "broken"]
 MARKS: dict[Level, str] = {"ok": "ok    ", "note": "note  ", "unsafe": "UNSAFE", "broken": "BROKEN"}
@@ -199,10 +200,6 @@ def exposure() -> Iterator[Finding]:
         yield Finding("unsafe", "exposure", f"others can reach {text}", do)
     if not open_ones:
         yield Finding("ok", "exposure", "no server of Ray can be reached from other machines")
-
-
-def is_loopback(address: str) -> bool:
-    return address.removeprefix("::ffff:").startswith("127.") or address == "::1"
 
 
 def secrets() -> Iterator[Finding]:

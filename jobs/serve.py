@@ -7,16 +7,15 @@ memory. Only then is Ray started. The application is named by its import string,
 from __future__ import annotations
 
 import contextlib
-import errno
 import http.client
 import importlib
 import json
 import logging
 import shlex
 import signal
-import socket
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -25,6 +24,7 @@ import psutil
 from axicon.errors import AxiconError, RunFailed
 from axicon.recipe import LocalServeRecipe, ServeRecipe
 from jobs import cluster
+from jobs.address import check_address, reachable
 from jobs.prepare import Preparation
 from jobs.progress import Reporter
 
@@ -62,6 +62,8 @@ def run(recipe: LocalServeRecipe, *, say: Callable[[str], None] = print, debug: 
                 wait_until_ready(resolved)
                 say(ready_line(resolved, time.monotonic() - begin))
                 reporter.say(f"logs are in {folder}/ray/session_latest/logs until it ends; Ctrl-C ends it")
+                if recipe.dashboard_port:
+                    reporter.say(jobs_line(recipe.dashboard_port, folder))
                 watch()
         except Stopped:
             reporter.say("stopped")
@@ -93,46 +95,6 @@ def stop_on_signal() -> Iterator[Callable[[], None]]:
     finally:
         for number, old in before.items():
             signal.signal(number, old)
-
-
-def check_address(recipe: LocalServeRecipe) -> None:
-    """Whether the endpoint may and can listen where it is asked to. Raises AxiconError."""
-    digests = recipe.api_key_digests()
-    try:
-        found = socket.getaddrinfo(recipe.host, recipe.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-    except OSError:
-        raise AxiconError(f"host={recipe.host}: no such address; give one of this machine") from None
-    family, kind, _, _, address = found[0]
-    if not digests and not str(address[0]).startswith("127.") and address[0] != "::1":
-        raise AxiconError(
-            f"host={recipe.host} can be reached by others, and no API keys are configured; "
-            "name a variable that holds them with api_keys_env=, or serve on 127.0.0.1"
-        )
-    with socket.socket(family, kind) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the server does
-        try:
-            probe.bind(address)
-        except PermissionError:
-            raise AxiconError(
-                f"port={recipe.port}: only root may listen there; take one above 1023"
-            ) from None
-        except OSError as error:
-            raise AxiconError(_no_bind(recipe, error)) from None
-
-
-def _no_bind(recipe: LocalServeRecipe, error: OSError) -> str:
-    if error.errno != errno.EADDRINUSE:
-        return f"host={recipe.host}: cannot listen there ({error.strerror}); give an address of this machine"
-    return f"port={recipe.port} is in use{_holder(recipe.port)}; stop that, or take another port"
-
-
-def _holder(port: int) -> str:
-    """Who listens on a port, as far as this user may know."""
-    with contextlib.suppress(psutil.Error):
-        for connection in psutil.net_connections("tcp"):
-            if connection.status == "LISTEN" and connection.laddr.port == port and connection.pid:
-                return f" by {psutil.Process(connection.pid).name()} (process {connection.pid})"
-    return ""
 
 
 def deploy(recipe: LocalServeRecipe, *, debug: bool = False) -> None:
@@ -192,11 +154,6 @@ def healthy(host: str, port: int) -> bool:
         connection.close()
 
 
-def reachable(host: str) -> str:
-    """Where this machine reaches a server that listens on `host`."""
-    return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
-
-
 def ready_line(recipe: LocalServeRecipe, seconds: float) -> str:
     """One line: what serves, since when, and a command that proves it."""
     host = reachable(recipe.host)
@@ -207,6 +164,13 @@ def ready_line(recipe: LocalServeRecipe, seconds: float) -> str:
     key = ' -H "Authorization: Bearer $KEY"' if keyed else ""
     command = f"{shlex.join(words)}{key} -d {shlex.quote(json.dumps(body))}"
     return f"{recipe.served_name} is ready after {seconds:.1f} s at {url}   try: {command}"
+
+
+def jobs_line(port: int, folder: Path) -> str:
+    """How to submit a job to this cluster from another terminal."""
+    token = f"RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH={folder}/token"
+    address = f"--address http://127.0.0.1:{port}"
+    return f"jobs: {token} ray job submit {address} --working-dir . -- python -m jobs evaluate --help"
 
 
 def watch() -> None:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import http.server
-import os
 import shlex
 import signal
-import socket
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,52 +19,6 @@ from jobs.prepare import Preparation, look
 
 def recipe(**values: object) -> LocalServeRecipe:
     return LocalServeRecipe.model_validate(values)
-
-
-def test_a_free_loopback_port_is_fine(free_port: int) -> None:
-    serve.check_address(recipe(port=free_port))
-    serve.check_address(recipe(port=free_port, host="localhost"))
-
-
-def test_a_port_in_use_names_who_has_it() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
-        with pytest.raises(
-            AxiconError, match=rf"port={port} is in use by .*process {os.getpid()}.*another port"
-        ):
-            serve.check_address(recipe(port=port))
-
-
-def test_a_port_that_was_just_closed_is_not_in_use(free_port: int) -> None:
-    with socket.create_server(("127.0.0.1", free_port)) as server:
-        client = socket.create_connection(("127.0.0.1", free_port))
-        accepted, _ = server.accept()
-        accepted.close()  # this side waits out its time now
-        client.close()
-    serve.check_address(recipe(port=free_port))
-
-
-def test_an_address_of_another_machine_is_refused(free_port: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("KEYS", "secret")
-    with pytest.raises(AxiconError, match=r"host=198\.51\.100\.1: cannot listen there"):
-        serve.check_address(recipe(host="198.51.100.1", port=free_port, api_keys_env="KEYS"))
-
-
-@pytest.mark.parametrize("host", ["0.0.0.0", "::"])
-def test_others_are_let_in_only_with_keys(host: str, free_port: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(AxiconError, match="no API keys are configured"):
-        serve.check_address(recipe(host=host, port=free_port))
-    monkeypatch.setenv("KEYS", "secret")
-    serve.check_address(recipe(host=host, port=free_port, api_keys_env="KEYS"))
-
-
-def test_a_name_that_is_no_address(monkeypatch: pytest.MonkeyPatch) -> None:
-    def unknown(*_: object, **__: object) -> None:
-        raise socket.gaierror(socket.EAI_NONAME, "no such name")
-
-    monkeypatch.setattr(socket, "getaddrinfo", unknown)
-    with pytest.raises(AxiconError, match="host=nowhere: no such address"):
-        serve.check_address(recipe(host="nowhere"))
 
 
 @pytest.mark.parametrize(

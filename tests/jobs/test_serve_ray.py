@@ -24,6 +24,7 @@ import psutil
 import pytest
 
 from jobs import cluster, reaper
+from jobs.address import is_loopback
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
@@ -119,8 +120,6 @@ def test_nothing_they_started_can_be_reached_from_other_machines(servers: tuple[
     ours = {process.pid for server in servers for process in server.processes()}
     listening = [c for c in psutil.net_connections("tcp") if c.status == "LISTEN" and c.pid in ours]
     assert {server.port for server in servers} <= {c.laddr.port for c in listening}
-    from jobs.doctor import is_loopback
-
     assert [str(c.laddr) for c in listening if not is_loopback(c.laddr.ip)] == []
 
 
