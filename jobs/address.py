@@ -34,7 +34,7 @@ def check_address(recipe: LocalServeRecipe) -> None:
         check_free("dashboard_port", socket.AF_INET, ("127.0.0.1", recipe.dashboard_port))
 
 
-def check_free(key: str, family: socket.AddressFamily, address: tuple[str | int, ...]) -> None:
+def check_free(key: str, family: socket.AddressFamily, address: tuple[str | int | bytes, ...]) -> None:
     """Raises AxiconError, about the setting `key`, when nobody can listen at `address` now."""
     host, port = str(address[0]), int(address[1])
     with socket.socket(family, socket.SOCK_STREAM) as probe:

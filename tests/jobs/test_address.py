@@ -46,7 +46,9 @@ def test_an_address_of_another_machine_is_refused(free_port: int, monkeypatch: p
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::"])
-def test_others_are_let_in_only_with_keys(host: str, free_port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_others_are_let_in_only_with_keys(
+    host: str, free_port: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(AxiconError, match="no API keys are configured"):
         address.check_address(recipe(host=host, port=free_port))
     monkeypatch.setenv("KEYS", "secret")
@@ -73,8 +75,8 @@ def test_the_dashboard_needs_a_free_port_of_its_own(free_port: int) -> None:
 
 @pytest.mark.parametrize(
     ("ip", "loopback"),
-    [("127.0.0.1", True), ("127.9.9.9", True), ("::1", True), ("::ffff:127.0.0.1", True), ("fe80::1%lo", False),
-     ("0.0.0.0", False), ("::", False), ("192.0.2.1", False), ("::ffff:192.0.2.1", False)],
+    [("127.0.0.1", True), ("127.9.9.9", True), ("::1", True), ("::ffff:127.0.0.1", True),
+     ("fe80::1%lo", False), ("0.0.0.0", False), ("::", False), ("192.0.2.1", False), ("::ffff:192.0.2.1", False)],
 )  # fmt: skip
 def test_what_is_loopback(ip: str, loopback: bool) -> None:
     assert address.is_loopback(ip) is loopback
