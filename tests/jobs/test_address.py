@@ -76,7 +76,8 @@ def test_the_dashboard_needs_a_free_port_of_its_own(free_port: int) -> None:
 @pytest.mark.parametrize(
     ("ip", "loopback"),
     [("127.0.0.1", True), ("127.9.9.9", True), ("::1", True), ("::ffff:127.0.0.1", True),
-     ("fe80::1%lo", False), ("0.0.0.0", False), ("::", False), ("192.0.2.1", False), ("::ffff:192.0.2.1", False)],
+     ("fe80::1%lo", False), ("0.0.0.0", False),
+     ("::", False), ("192.0.2.1", False), ("::ffff:192.0.2.1", False)],
 )  # fmt: skip
 def test_what_is_loopback(ip: str, loopback: bool) -> None:
     assert address.is_loopback(ip) is loopback
