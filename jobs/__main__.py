@@ -10,7 +10,6 @@ from typing import Any, TypeVar
 
 import click
 import yaml
-from pydantic_core import PydanticUndefined
 
 from axicon import __version__
 from axicon.errors import AxiconError, RunFailed
@@ -55,7 +54,7 @@ def settings(recipe: type[Recipe]) -> list[tuple[str, str]]:
 
 
 def _typed(value: Any) -> str:
-    if value is None or value is PydanticUndefined:
+    if value is None:
         return "none"
     return ",".join(map(str, value)) if isinstance(value, list) else str(value)
 
