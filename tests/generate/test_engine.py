@@ -224,6 +224,14 @@ def test_min_tokens_forbids_the_end(engine, decoder64, letters):
     assert want[0] not in tokens_of(found)[:4]
 
 
+def test_stop_strings_count_from_min_tokens_on(engine, decoder64, letters):
+    want = greedy(decoder64, (5, 6, 7), 12)
+    text = letters.decode(want, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    found = drain(engine, request("a", max_tokens=12, min_tokens=6, stop=(text[2], text[8])))["a", 0]
+    assert text[2] not in text[6:9]
+    assert (text_of(found), found[-1].stop_reason) == (text[:8], text[8])
+
+
 @pytest.mark.parametrize("chunked", [False, True])
 def test_logprobs_of_prompt_and_output(decoder64, letters, chunked):
     runner = LocalRunner(decoder64, kv_bytes=4 << 20, max_rows=2, prefill_chunk=7 if chunked else 64)
@@ -432,7 +440,8 @@ def test_cancelling_what_ended_does_not_touch_a_later_request_of_that_name(engin
 
 def test_nan_in_a_scored_prompt_ends_that_request_only(engine, letters):
     broken = Engine(Broken(engine.runner, 90, "nan"), letters, eos_ids=[1])
-    found = drain(broken, request("bad", prompt=(5, 90, 6, 7), prompt_logprobs=1), request("good", logprobs=1))
+    bad = request("bad", prompt=(5, 90, 6, 7), prompt_logprobs=1)
+    found = drain(broken, bad, request("good", logprobs=1))
     assert [d.finish_reason for d in found["bad", 0]] == ["error"]
     assert found["good", 0][-1].finish_reason == "length"
 

@@ -18,9 +18,15 @@ from axicon.model.decoder import Decoder
 from axicon.model.shape import ModelShape
 
 CONFIG = {
-    "model_type": "llama", "vocab_size": 160, "hidden_size": 96, "num_hidden_layers": 2,
+    "model_type": "llama",
+    "vocab_size": 160,
+    "hidden_size": 96,
+    "num_hidden_layers": 2,
     "intermediate_size": 160,
-    "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 32, "max_position_embeddings": 256,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "max_position_embeddings": 256,
     "tie_word_embeddings": True,
 }
 

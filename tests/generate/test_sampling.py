@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from axicon.generate.request import SamplingParams
 from axicon.generate.sampling import SAMPLERS
-from axicon.generate.sampling.gumbel import GumbelMax, splitmix, stream_key, uniforms
+from axicon.generate.sampling.gumbel import GumbelMax, exponentials, splitmix, stream_key
 from axicon.generate.sampling.processors import LogitProcessor
 from axicon.generate.sampling.sample import Row, logprobs, sample
 from axicon.generate.sampling.truncation import truncate
@@ -45,9 +45,27 @@ def test_tensor_hash_equals_integer_hash():
     key = stream_key(Draw(2**64 - 3, 5, 77))
     ids = torch.tensor([0, 1, 2, 49151, 2**31])
     golden = 0x9E3779B97F4A7C15
-    want = [((splitmix((key + (i + 1) * golden) & (2**64 - 1)) >> 12) + 0.5) * 2.0**-52 for i in ids.tolist()]
-    assert uniforms(key, ids).tolist() == want
-    assert all(0.0 < u < 1.0 for u in want)
+    bits = [splitmix((key + (i + 1) * golden) & (2**64 - 1)) >> 12 for i in ids.tolist()]
+    want = [-math.log1p(-(b + 0.5) * 2.0**-52) for b in bits]
+    assert exponentials(key, ids).tolist() == pytest.approx(want, rel=1e-6)
+
+
+def test_exponentials_are_positive_and_keep_small_ones_precise():
+    """The least of 5 million unit exponentials is about 2e-7; a float32 uniform near 1 could not tell it."""
+    drawn = exponentials(7, torch.arange(5_000_000)).double()
+    assert float(drawn.min()) > 0
+    assert float(drawn.min()) < 2e-6
+    small = drawn.sort().values[:1000]
+    assert len(small.unique()) == 1000
+    assert float(drawn.mean()) == pytest.approx(1, abs=0.002)
+    assert float(drawn.var()) == pytest.approx(1, abs=0.01)
+
+
+def test_an_exponential_does_not_depend_on_its_place():
+    ids = torch.arange(1000)
+    whole = exponentials(3, ids)
+    for start, stop in ((0, 1), (1, 8), (7, 40), (500, 999)):
+        assert torch.equal(exponentials(3, ids[start:stop]), whole[start:stop])
 
 
 CHI_SQUARE_LIMIT = 66.6
@@ -133,23 +151,11 @@ def reference_truncate(probs, top_k, top_p, min_p):
 def test_truncation_equals_a_full_sort(seed, scale, steps, top_k, top_p, min_p):
     probs = torch.softmax(logits(vocab=VOCAB, seed=seed, scale=scale, steps=steps), -1)
     params = SamplingParams(top_k=top_k, top_p=top_p, min_p=min_p)
-    values, ids = truncate(probs, [params])[0]
+    values, ids = truncate(probs[0], params)
     want = reference_truncate(probs[0].double().tolist(), top_k, top_p, min_p)
     assert set(ids.tolist()) == want
     assert len(ids) == len(want)
     torch.testing.assert_close(values, probs[0, ids] / probs[0, ids].sum(), rtol=1e-5, atol=0)
-
-
-def test_truncation_of_a_row_does_not_depend_on_its_batch():
-    x = torch.softmax(
-        torch.cat([logits(seed=1, scale=5), logits(seed=2, scale=0.1), logits(seed=3, scale=2)]), -1
-    )
-    params = [SamplingParams(top_p=0.9), SamplingParams(top_p=0.95), SamplingParams(top_k=70, min_p=0.01)]
-    together = truncate(x, params)
-    for r in range(3):
-        alone = truncate(x[r : r + 1], [params[r]])[0]
-        assert torch.equal(alone[0], together[r][0])
-        assert torch.equal(alone[1], together[r][1])
 
 
 def reference_process(x, prompt, output, params, banned):

@@ -188,6 +188,25 @@ def test_health_is_progress(make_thread, decoder64):
     assert eventually(lambda: thread.healthy(0.0))
 
 
+def test_slow_steps_are_progress(make_thread, decoder64):
+    class Slow(Gate):
+        def forward(self, step):
+            time.sleep(0.02)
+            return super().forward(step)
+
+    slow = Slow(decoder64)
+    slow.open.set()
+    thread = make_thread(slow)
+    thread.start(30)
+    receiver = Receiver()
+    started = time.monotonic()
+    thread.submit(request("a", max_tokens=60), receiver)
+    while not receiver.ended.is_set():
+        assert thread.healthy(0.8)
+        time.sleep(0.01)
+    assert time.monotonic() - started > 1.0
+
+
 def test_close_ends_what_is_left(make_thread):
     thread = make_thread()
     thread.start(30)

@@ -20,7 +20,6 @@ from axicon.protocols import Draw
 
 _MASK = (1 << 64) - 1
 _GOLDEN, _MIX1, _MIX2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
-_LAST = torch.iinfo(torch.int64).max
 
 
 def _signed(n: int) -> int:
@@ -46,15 +45,20 @@ def stream_key(draw: Draw) -> int:
     return key
 
 
-def uniforms(key: int, ids: Tensor) -> Tensor:
-    """float64 in (0, 1), 52 random bits each, never 0 nor 1. SplitMix64 at counter `id + 1` of the stream."""
-    z = ids + 1
-    z.mul_(_signed(_GOLDEN)).add_(_signed(key))
+def exponentials(key: int, ids: Tensor) -> Tensor:
+    """float32 unit exponentials, one per id: -log(1 - v), v from SplitMix64 at counter `id + 1` of the
+    stream.
+
+    v is 52 random bits as a float32, never 0. Where the exponential is small, which is where the least of
+    many is found, its relative error is that of a float32.
+    """
+    z = torch.add(torch.tensor(_signed(key + _GOLDEN)), ids, alpha=_signed(_GOLDEN))
     for shift, factor in ((30, _MIX1), (27, _MIX2)):
         # `>>` keeps the sign of an int64, the hash wants zeros to come in.
         z.bitwise_xor_((z >> shift).bitwise_and_((1 << (64 - shift)) - 1)).mul_(_signed(factor))
     z.bitwise_xor_((z >> 31).bitwise_and_((1 << 33) - 1))
-    return (z >> 12).bitwise_and_((1 << 52) - 1).double().add_(0.5).mul_(2.0**-52)
+    v = (z >> 12).bitwise_and_((1 << 52) - 1).float().add_(0.5).mul_(-(2.0**-52))
+    return v.log1p_().neg_()
 
 
 @dataclass(frozen=True)
@@ -62,13 +66,11 @@ class GumbelMax:
     """The plain sampler: exact draws from the probabilities it is given."""
 
     def choose(self, probs_RC: Tensor, ids_RC: Tensor, draws: Sequence[Draw]) -> Tensor:
-        # Row by row: the row fits the cache, and its arithmetic cannot depend on the batch.
-        tokens = [
-            self._one(probs_C, ids_C, draw)
-            for probs_C, ids_C, draw in zip(probs_RC, ids_RC, draws, strict=True)
-        ]
+        # Row by row: a row fits the cache, and its arithmetic cannot depend on the batch.
+        rows = zip(probs_RC, ids_RC, draws, strict=True)
+        tokens = [self._one(probs_C, ids_C, draw) for probs_C, ids_C, draw in rows]
         return torch.stack(tokens) if tokens else torch.empty(0, dtype=torch.int64)
 
     def _one(self, probs_C: Tensor, ids_C: Tensor, draw: Draw) -> Tensor:
-        arrivals = uniforms(stream_key(draw), ids_C).log_().neg_().div_(probs_C)
-        return ids_C.masked_fill(arrivals > arrivals.min(), _LAST).min()
+        arrivals = exponentials(stream_key(draw), ids_C).div_(probs_C)
+        return ids_C[arrivals == arrivals.amin()].amin()

@@ -29,49 +29,36 @@ class Row:
 @torch.inference_mode()
 def sample(logits_RV: Tensor, rows: Sequence[Row], sampler: Sampler) -> list[int | None]:
     """Token ids; None for a row whose logits hold a NaN or leave no token to choose."""
-    plain = [i for i, row in enumerate(rows) if not row.processor.active]
     tokens: list[int | None] = [None] * len(rows)
-    drawn = [i for i, row in enumerate(rows) if row.params.temperature > 0]
-    greedy = [i for i in plain if rows[i].params.temperature == 0]
+    greedy = [i for i, row in enumerate(rows) if row.params.temperature == 0 and not row.processor.active]
     if greedy:
-        _argmax(logits_RV if len(greedy) == len(rows) else logits_RV[greedy], greedy, tokens)
-        if len(greedy) == len(rows):
-            return tokens
-    processed = {i: row.processor.apply(logits_RV[i]) for i, row in enumerate(rows) if row.processor.active}
-    for i, logits_V in processed.items():
-        if rows[i].params.temperature == 0:
-            _argmax(logits_V[None], [i], tokens)
-    if drawn:
-        _draw(torch.stack([processed.get(i, logits_RV[i]) for i in drawn]), drawn, rows, sampler, tokens)
+        # The maximum of a row with a NaN is the NaN, which shows that the row is bad.
+        best_R, ids_R = (logits_RV if len(greedy) == len(rows) else logits_RV[greedy]).max(-1)
+        for i, token, good in zip(greedy, ids_R.tolist(), best_R.isfinite().tolist(), strict=True):
+            tokens[i] = token if good else None
+    for i in set(range(len(rows))).difference(greedy):
+        tokens[i] = _one(logits_RV[i], rows[i], sampler)
     return tokens
 
 
-def _argmax(logits_RV: Tensor, index: Sequence[int], tokens: list[int | None]) -> None:
-    """The first of equal maxima. A NaN anywhere in a row is its maximum, which shows the row is bad."""
-    values, ids = logits_RV.max(-1)
-    for i, token, good in zip(index, ids.tolist(), values.isfinite().tolist(), strict=True):
-        tokens[i] = token if good else None
-
-
-def _draw(
-    logits_RV: Tensor, index: Sequence[int], rows: Sequence[Row], sampler: Sampler, tokens: list[int | None]
-) -> None:
-    """Temperature, softmax, truncation, draw. `logits_RV` holds the rows `index`."""
-    best_R1 = logits_RV.amax(-1, keepdim=True)
-    temperature_R1 = torch.tensor([[rows[i].params.temperature] for i in index])
-    probs_RV = ((logits_RV - best_R1) / temperature_R1).softmax(-1)
-    good = best_R1.isfinite().flatten().tolist()
-    cut = [r for r, i in enumerate(index) if good[r] and truncates(rows[i].params)]
-    whole = [r for r, i in enumerate(index) if good[r] and not truncates(rows[i].params)]
-    if whole:
-        ids_RV = torch.arange(probs_RV.shape[1]).expand(len(whole), -1)
-        chosen = sampler.choose(probs_RV[whole], ids_RV, [rows[index[r]].draw for r in whole])
-        for r, token in zip(whole, chosen.tolist(), strict=True):
-            tokens[index[r]] = token
-    if cut:
-        kept = truncate(probs_RV[cut], [rows[index[r]].params for r in cut])
-        for r, (probs_C, ids_C) in zip(cut, kept, strict=True):
-            tokens[index[r]] = int(sampler.choose(probs_C[None], ids_C[None], [rows[index[r]].draw]))
+def _one(logits_V: Tensor, row: Row, sampler: Sampler) -> int | None:
+    """Row by row, as a row and what is made of it fit into the cache of a core and a batch does not."""
+    if row.processor.active:
+        logits_V = row.processor.apply(logits_V)
+    best = logits_V.amax()
+    if not best.isfinite():
+        return None
+    if row.params.temperature == 0:
+        return int(logits_V.argmax())
+    probs_V = logits_V.sub(best)
+    if row.params.temperature != 1:
+        probs_V.div_(row.params.temperature)
+    probs_V = probs_V.softmax(-1)
+    if truncates(row.params):
+        probs_C, ids_C = truncate(probs_V, row.params)
+    else:
+        probs_C, ids_C = probs_V, torch.arange(len(probs_V))
+    return int(sampler.choose(probs_C[None], ids_C[None], [row.draw]))
 
 
 @torch.inference_mode()
