@@ -72,6 +72,7 @@ def pairs(prose: str) -> list[tuple[str, str]]:
         )
     edges = [
         ("", "The lamp"),
+        ("<s>The lamp", " went"),
         ("trailing blank ", "word"),
         ("Tom?", " yes"),
         ("Tom?", " no"),
