@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from axicon.errors import AxiconError
-from axicon.generate.machine import cores
+from axicon.model.machine import cores
 from axicon.recipe import Dtype, Recipe, Words, split_words
 
 Counts = Annotated[tuple[int, ...], BeforeValidator(split_words)]

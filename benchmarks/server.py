@@ -26,7 +26,7 @@ from rich.console import Console
 from rich.table import Table
 
 from axicon.errors import AxiconError
-from axicon.generate.machine import cores
+from axicon.model.machine import cores
 from axicon.recipe import Dtype, Recipe
 
 WARM_TOKENS = 8

@@ -103,8 +103,8 @@ def compute() -> Iterator[Finding]:
     """Which code computes. The compiled kernels are built here if they were not, as the first load would."""
     import torch
 
-    from axicon.generate.machine import cores
     from axicon.kernels import native
+    from axicon.model.machine import cores
 
     count = cores()
     yield Finding("ok", "compute", f"{count} cores, torch on {torch.backends.cpu.get_cpu_capability()}")

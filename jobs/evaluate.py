@@ -105,8 +105,8 @@ class Subject:
         import torch
 
         from axicon.compress.walk import Compress
-        from axicon.generate.machine import cores
         from axicon.model import checkpoint
+        from axicon.model.machine import cores
 
         recipe = self.recipe
         torch.set_num_threads(recipe.threads or cores())

@@ -8,11 +8,11 @@ from typing import Literal, Protocol
 import torch
 
 from axicon.generate.engine import Engine
-from axicon.generate.machine import cores
 from axicon.generate.request import Limits
 from axicon.generate.runner import Kernels, LocalRunner
 from axicon.model import checkpoint
 from axicon.model.decoder import Decoder
+from axicon.model.machine import cores
 
 log = logging.getLogger("axicon")
 

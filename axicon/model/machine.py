@@ -1,11 +1,21 @@
-"""How much memory this process may still take."""
+"""What this process may use of its machine: cores and memory, within the container's limits."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 _MEMINFO = Path("/proc/meminfo")
 _CGROUP = Path("/sys/fs/cgroup")
+
+
+def cores() -> int:
+    """Cores this process may keep busy: its affinity, cut to the CPU quota of its cgroup."""
+    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota = _cgroup("cpu.max").split()
+    if len(quota) == 2 and quota[0] != "max":
+        available = min(available, max(1, int(quota[0]) // int(quota[1])))
+    return available
 
 
 def available_memory() -> int | None:
@@ -23,13 +33,17 @@ def _free() -> int | None:
 
 
 def _free_in_cgroup() -> int | None:
-    try:
-        limit = (_CGROUP / "memory.max").read_text().strip()
-        if limit == "max":
-            return None
-        used = int((_CGROUP / "memory.current").read_text())
-        # Page cache of files is given back under pressure.
-        stat = dict(line.split() for line in (_CGROUP / "memory.stat").read_text().splitlines())
-        return int(limit) - used + int(stat.get("inactive_file", 0)) + int(stat.get("active_file", 0))
-    except (OSError, ValueError):
+    limit, used = _cgroup("memory.max").strip(), _cgroup("memory.current").strip()
+    if not (limit.isdigit() and used.isdigit()):
         return None
+    # Page cache of files is given back under pressure.
+    stat = dict(line.split() for line in _cgroup("memory.stat").splitlines())
+    return int(limit) - int(used) + int(stat.get("inactive_file", 0)) + int(stat.get("active_file", 0))
+
+
+def _cgroup(name: str) -> str:
+    """A control file of cgroup v2, or an empty string."""
+    try:
+        return (_CGROUP / name).read_text()
+    except OSError:
+        return ""
