@@ -40,6 +40,9 @@ class ServerBench(Recipe):
     new_tokens: int = Field(64, ge=2, description="tokens each stream generates")
     rounds: int = Field(3, ge=1, description="turns of each")
     model: str = Field("demo", description="the model in-process; give the one that is served")
+    peer: str = Field(
+        "axicon-int8", description="how it is stored, as the server does: axicon-int8 or axicon"
+    )
     dtype: Dtype = Field("bfloat16", description="numbers it computes in, as the server does")
     threads: int | None = Field(None, ge=1, description="compute threads in-process; none: one per core")
     out: Path = Field(RESULTS, description="folder for the JSON file")
@@ -146,13 +149,15 @@ async def _answers(bench: ServerBench) -> None:
 
 def measure(bench: ServerBench) -> dict[str, Any]:
     """Everything that goes into the JSON file."""
+    if bench.peer not in ("axicon", "axicon-int8"):
+        raise AxiconError(f"peer={bench.peer}: a server of axicon is compared with axicon or axicon-int8")
     asyncio.run(_answers(bench))
     before = surroundings()
     threads = bench.threads or cores()
     over_http: list[dict[str, Any]] = []
     in_process: list[dict[str, Any]] = []
-    with workers(["axicon"], bench.model, bench.dtype, threads) as running:
-        worker = running["axicon"]
+    with workers([bench.peer], bench.model, bench.dtype, threads) as running:
+        worker = running[bench.peer]
 
         def local(new_tokens: int) -> dict[str, Any]:
             return worker.run(streams=bench.streams, prompt_tokens=bench.prompt_tokens, new_tokens=new_tokens)
