@@ -11,11 +11,13 @@ code, the outlier columns of the weight are the dequantised int8 ones.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal, Self, cast
 
 import torch
 from torch import Tensor, nn
 
+from axicon.errors import AxiconError
 from axicon.kernels import int8_matmul, native
 from axicon.model.packed import PackedLinear, slice_of
 
@@ -49,6 +51,8 @@ class Int8Linear(PackedLinear):
         return self.qweight.float() * (self.absmax / 127.0)[:, None]
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.is_cuda:
+            return _product_on_gpu()(x, self.qweight, self.absmax, self.bias, self.threshold)
         x_NI = x.float()
         q_NI, scale_N1, outlier_NI = quantise_rows(x_NI, self.threshold)
         if self._product is None:
@@ -94,3 +98,14 @@ def quantise_rows(x_NI: Tensor, threshold: float) -> tuple[Tensor, Tensor, Tenso
     scale = magnitude.masked_fill(outlier, 0.0).amax(1, keepdim=True)
     scaled = x_NI * torch.where(scale > 0, 127.0 / scale, 0.0)
     return scaled.masked_fill(outlier, 0.0).round().to(torch.int8), scale, outlier
+
+
+def _product_on_gpu() -> Callable[[Tensor, Tensor, Tensor, Tensor | None, float], Tensor]:
+    """The kernels of `int8_triton`, imported late: Triton is not on every system."""
+    try:
+        from axicon.kernels.int8_triton import int8_linear
+    except ModuleNotFoundError as missing:
+        raise AxiconError(
+            f"int8 weights on a GPU need Triton ({missing}): pip install triton, or run the model on the CPU"
+        ) from missing
+    return int8_linear
