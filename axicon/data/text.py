@@ -94,5 +94,11 @@ def _column(records: Sequence[dict[str, object]], column: str, where: str) -> li
             raise AxiconError(
                 f"{where}, record {number}: no text in field {column!r}; its fields are {', '.join(record)}"
             )
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            raise AxiconError(
+                f"{where}, record {number}: {column!r} holds half of a surrogate pair"
+            ) from None
         rows.append(value)
     return rows

@@ -8,6 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from axicon.errors import AxiconError
 from axicon.model.attention import dense_attention
 from axicon.model.decoder import Attend, Block
 
@@ -38,7 +39,12 @@ class PackedCausal:
 
 
 def hidden_states(model: LanguageModel, texts: Sequence[Sequence[int]]) -> Tensor:
-    """(N, D) of all tokens of all texts, in one pass."""
+    """(N, D) of all tokens of all texts, in one pass. Raises AxiconError for a token the model has not."""
+    vocab, most = getattr(getattr(model, "shape", None), "vocab", None), max(map(max, texts))
+    if vocab is not None and most >= vocab:
+        raise AxiconError(
+            f"token id {most}, the model has {vocab} tokens: the tokenizer belongs to another model"
+        )
     lengths = [len(text) for text in texts]
     tokens_N = torch.tensor([token for text in texts for token in text], device=model.device)
     positions_N = torch.cat([torch.arange(length) for length in lengths]).to(model.device)

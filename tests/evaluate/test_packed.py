@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from axicon.errors import AxiconError
 from axicon.evaluate import perplexity
 from axicon.evaluate.packed import hidden_states
 from axicon.model.decoder import Decoder
@@ -48,6 +49,11 @@ def test_packed_texts_do_not_see_each_other(decoder: Decoder) -> None:
     for text, logits_TV in zip(texts, parts, strict=True):
         alone = decoder.logits(torch.tensor([text]))[0]
         torch.testing.assert_close(logits_TV, alone, atol=1e-5, rtol=1e-5)
+
+
+def test_a_token_the_model_does_not_have_is_refused(decoder: Decoder) -> None:
+    with pytest.raises(AxiconError, match="token id 97, the model has 97 tokens: the tokenizer belongs to"):
+        hidden_states(decoder, [[1, 2], [97]])
 
 
 @torch.inference_mode()
