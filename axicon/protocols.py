@@ -115,6 +115,9 @@ class Capacity:
     """Bytes of one slot over all layers and KV heads."""
     vocab: int
     """Token ids are 0 .. vocab - 1."""
+    free_chunks: bool = False
+    """True where no bit depends on where a prompt is cut. `prefill_chunk` is then only the most at once, and
+    steps that decode as well may take less of a prompt."""
 
 
 class Compressor(Protocol):

@@ -300,6 +300,7 @@ class Engine:
         self._step_tokens = sum(one.stop - one.start for one in work)
         prompt = sum(one.stop - one.start for one in work if one.start < len(one.stream.request.prompt))
         self._prompt_tokens += prompt
+        self._scheduler.pace.note(seconds, prompt, self._step_tokens - prompt)
         self.decode_only = prompt == 0
 
 

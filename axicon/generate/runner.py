@@ -60,13 +60,13 @@ class LocalRunner:
                 f"the KV cache may take {kv_bytes >> 20} MiB, this model needs "
                 f"{self.cache.bytes_per_slot * size_class(1) >> 20} MiB for one short request: raise kv_gib"
             )
+        self._formats = sorted(formats(decoder))
+        self.native = _native(decoder, kernels)
         self._capacity = Capacity(
             slots=self.cache.slots, max_rows=max_rows, max_positions=decoder.shape.max_positions,
             prefill_chunk=prefill_chunk, bytes_per_slot=self.cache.bytes_per_slot,
-            vocab=decoder.shape.vocab,
+            vocab=decoder.shape.vocab, free_chunks=self.native is not None,
         )  # fmt: skip
-        self._formats = sorted(formats(decoder))
-        self.native = _native(decoder, kernels)
         self.path = ANY_ROWS if self.native else choose_path(decoder, max_rows, prefill_chunk)
         self._fingerprint = self._make_fingerprint()
         self._previous: list[Span] = []

@@ -2,8 +2,8 @@
 
 A stream has tokens and has computed some of them; a step closes the gap under a token budget. Streams with
 one token to go (decode) are served first, then prompts in order of arrival, in chunks whose boundaries
-depend on the request alone. A stream is admitted only with all the cache it may ever need, so nothing that
-runs is ever thrown out.
+depend on the request alone, unless the runner says that they do not matter. A stream is admitted only with
+all the cache it may ever need, so nothing that runs is ever thrown out.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from axicon.generate.pace import Pace
 from axicon.generate.request import Request
 from axicon.protocols import Capacity
 
@@ -62,6 +63,7 @@ class Scheduler:
         self._slots_reserved = slots_reserved
         # A whole chunk fits beside every decode row, so a long prompt never starves.
         self._budget = step_tokens or capacity.max_rows + capacity.prefill_chunk
+        self.pace = Pace(capacity.prefill_chunk)
         self._rows = list(range(capacity.max_rows))
         self.waiting: deque[Stream] = deque()
         self.running: list[Stream] = []
@@ -88,12 +90,15 @@ class Scheduler:
     def schedule(self) -> list[Work]:
         """What the next step computes, decode rows first. Admits streams as rows, slots and budget allow."""
         work = [Work(s, s.computed, s.computed + 1) for s in self.running if not s.prompt_left]
-        budget = self._budget - len(work)
+        free = self._capacity.free_chunks
+        budget = self.pace.tokens if free and work else self._budget - len(work)
         candidates = (*(s for s in self.running if s.prompt_left), *self.waiting)
         for chunks, stream in enumerate(candidates):
             size = min(self._capacity.prefill_chunk, stream.prompt_left)
+            if free:
+                size = min(size, max(budget, 0 if chunks else 1))
             # At least one chunk goes, whatever the budget: prompts move on beside any number of decode rows.
-            if (chunks and size > budget) or (stream.row < 0 and not self._admit(stream)):
+            if size == 0 or (chunks and size > budget) or (stream.row < 0 and not self._admit(stream)):
                 break
             work.append(Work(stream, stream.computed, stream.computed + size))
             budget -= size

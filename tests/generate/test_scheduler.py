@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
+
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, multiple, rule
 
+from axicon.generate.pace import Pace
 from axicon.generate.request import Request, SamplingParams
 from axicon.generate.scheduler import Scheduler, Stream
 from axicon.model.cache import size_class
 from axicon.protocols import Capacity
 
 CAPACITY = Capacity(slots=640, max_rows=4, max_positions=512, prefill_chunk=32, bytes_per_slot=1, vocab=10)
+
+FREE = dataclasses.replace(CAPACITY, prefill_chunk=100, free_chunks=True)
 
 
 def new_stream(prompt, output=8, name="x"):
@@ -73,6 +79,47 @@ def test_admission_is_in_order_of_arrival_and_within_slots():
     assert small.row == 1
 
 
+def test_free_chunks_fill_a_shared_step_and_no_more():
+    scheduler = Scheduler(FREE, size_class)
+    scheduler.add(new_stream(3, 20, "old"))
+    advance(scheduler.schedule())
+    for name, prompt in (("a", 50), ("b", 150), ("c", 1)):
+        scheduler.add(new_stream(prompt, 4, name))
+    seen = []
+    for _ in range(4):
+        work = scheduler.schedule()
+        seen.append([(one.stream.request.id, one.start, one.stop) for one in work if one.stream.prompt_left])
+        advance(work)
+    assert seen[0] == [("a", 0, 50), ("b", 0, 14)]
+    assert seen[1:] == [[("b", 14, 78)], [("b", 78, 142)], [("b", 142, 150), ("c", 0, 1)]]
+
+
+@pytest.mark.parametrize("token_ms", [0.1, 0.5, 2.0])
+def test_pace_keeps_a_shared_step_between_two_and_three_plain_ones(token_ms):
+    pace = Pace(256)
+    for _ in range(30):
+        pace.note(0.020, 0, 8)
+        pace.note((20 + token_ms * pace.tokens) / 1000, pace.tokens, 8)
+    ratio = (20 + token_ms * pace.tokens) / 20
+    assert 1.8 <= ratio <= 2.8 or (pace.tokens, ratio > 2.8) in [(256, False), (16, True)]
+
+
+def test_pace_ignores_steps_that_tell_nothing():
+    pace = Pace(256)
+    pace.note(9.0, 64, 8)
+    pace.note(0.02, 0, 8)
+    pace.note(9.0, 64, 0)
+    pace.note(9.0, 3, 8)
+    assert pace.tokens == 64
+
+
+def test_free_chunks_are_whole_where_nothing_decodes():
+    scheduler = Scheduler(FREE, size_class)
+    scheduler.add(new_stream(130, 4, "a"))
+    scheduler.add(new_stream(30, 4, "b"))
+    assert plan(scheduler) == [("a", 0, 100), ("b", 0, 4)]
+
+
 def test_a_small_request_does_not_overtake_one_that_does_not_fit():
     scheduler = Scheduler(CAPACITY, size_class)
     for name, prompt in (("a", 400), ("b", 400), ("c", 8)):
@@ -84,11 +131,13 @@ def test_a_small_request_does_not_overtake_one_that_does_not_fit():
 class Machine(RuleBasedStateMachine):
     """Arrivals, steps and removals in any order, beside a runner that only keeps books."""
 
+    capacity = CAPACITY
+
     streams = Bundle("streams")
 
     def __init__(self):
         super().__init__()
-        self.scheduler = Scheduler(CAPACITY, size_class)
+        self.scheduler = Scheduler(self.capacity, size_class)
         self.alive = []
         self.order = []
         self.open = {}
@@ -122,13 +171,15 @@ class Machine(RuleBasedStateMachine):
         sizes = [one.stop - one.start for one in work]
         decode = [one for one in work if one.start >= len(one.stream.request.prompt)]
         assert decode == work[: len(decode)]
-        assert sum(sizes) <= CAPACITY.max_rows + CAPACITY.prefill_chunk
+        assert sum(sizes) <= CAPACITY.max_rows + self.capacity.prefill_chunk
+        if self.capacity.free_chunks and decode:
+            assert sum(sizes) - len(decode) <= self.scheduler.pace.tokens
         for one in work:
             assert self.open[one.stream.row] == size_class(
                 len(one.stream.request.prompt) + one.stream.request.params.max_tokens
             )
             assert one.start == one.stream.computed
-            if one not in decode:
+            if one not in decode and not self.capacity.free_chunks:
                 assert one.start % 32 == 0
                 assert one.stop in (one.start + 32, len(one.stream.request.prompt))
         ready = [s for s in self.scheduler.running if not s.prompt_left]
@@ -160,3 +211,13 @@ class Machine(RuleBasedStateMachine):
 
 TestMachine = Machine.TestCase
 TestMachine.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+
+
+class FreeMachine(Machine):
+    """The same where prompts may be cut anywhere."""
+
+    capacity = FREE
+
+
+TestFreeMachine = FreeMachine.TestCase
+TestFreeMachine.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
