@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -9,6 +11,7 @@ from axicon.generate.build import build_engine
 from axicon.generate.engine import Engine
 from axicon.generate.request import Request, SamplingParams
 from axicon.generate.runner import LocalRunner
+from axicon.model.native import why_not
 
 PARAMS = [
     {"temperature": 0.0}, {"seed": 1}, {"seed": 2, "top_p": 0.9},
@@ -66,16 +69,32 @@ def test_equal_bytes_alone_in_a_batch_and_staggered(make_decoder, letters, dtype
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_the_other_path_keeps_the_promise_too(make_decoder, letters, dtype):
-    import dataclasses
-
     decoder = make_decoder(dtype)
     runner = LocalRunner(decoder, kv_bytes=8 << 20, max_rows=8, prefill_chunk=16)
     runner.path = dataclasses.replace(runner.path, merged=False, body_tile=64, head_tile=64)
     assert_promise(Engine(runner, letters, eos_ids=[1]), requests(96, [1, 2, 15, 16, 17, 40, 33, 5], 8))
 
 
+def test_the_kernels_keep_the_promise_wherever_prompts_are_cut(make_decoder, letters):
+    """Alone a prompt goes in chunks of 32; beside others in pieces of whatever size is left."""
+    decoder = make_decoder(torch.bfloat16, hidden_size=64, num_attention_heads=6, head_dim=32)
+    reason = why_not(decoder)
+    if reason is not None:
+        pytest.skip(f"no C++ kernels: {reason}")
+    runner = LocalRunner(decoder, kv_bytes=8 << 20, max_rows=8, prefill_chunk=32, kernels="native")
+    assert runner.capacity.free_chunks
+    engine = Engine(runner, letters, eos_ids=[1])
+    work = requests(96, [1, 2, 90, 33, 170, 40, 64, 5], 12)
+    assert_promise(engine, work)
+    whole = run(engine, [(0, work[4])])
+    for chunk in (5, 16, 64):
+        runner._capacity = dataclasses.replace(runner.capacity, prefill_chunk=chunk)
+        assert run(Engine(runner, letters, eos_ids=[1]), [(0, work[4])]) == whole
+
+
 @pytest.mark.slow
-def test_the_embedded_model_keeps_the_promise():
-    engine = build_engine("demo", kv_gib=0.25, threads=1)
+@pytest.mark.parametrize("kernels", ["auto", "torch"])
+def test_the_embedded_model_keeps_the_promise(kernels):
+    engine = build_engine("demo", kv_gib=0.25, threads=1, kernels=kernels)
     vocab = engine.runner.capacity.vocab
     assert_promise(engine, requests(vocab, [1, 270, 15, 16, 257, 40, 33, 5], 4))
