@@ -66,6 +66,13 @@ inline void encode(const Linear& l, const float* x, void* to, Encoded& e) {
     for (int k = 0; k < l.inputs; k += LANES) store_bf16(q + k, _mm512_loadu_ps(x + k));
 }
 
+// acc += four products of a byte of w (unsigned) and of x (signed) in each lane. Written as an instruction because GCC
+// copies the accumulator before and after the intrinsic, which costs a fifth of the speed.
+inline __m512i dot4(__m512i acc, __m512i w, __m512i x) {
+    asm("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(w), "v"(x));
+    return acc;
+}
+
 // M rows times B blocks of 16 outputs, starting at block `block`. `store(m, o, value)` takes the results.
 template <int M, int B, class Store>
 inline void tile_int8(const Linear& l, const int8_t* q, const Encoded* rows, int block, Store&& store) {
@@ -80,7 +87,7 @@ inline void tile_int8(const Linear& l, const int8_t* q, const Encoded* rows, int
             int32_t four;
             memcpy(&four, q + size_t(m) * K + k, 4);
             const __m512i x = _mm512_set1_epi32(four);
-            unroll<B>([&](auto b) { acc[m][b] = _mm512_dpbusd_epi32(acc[m][b], wv[b], x); });
+            unroll<B>([&](auto b) { acc[m][b] = dot4(acc[m][b], wv[b], x); });
         });
     }
     unroll<M>([&](auto m) {
