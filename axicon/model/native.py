@@ -94,6 +94,9 @@ class NativeDecoder:
             assert isinstance(block, Block)
             self._fill_block(self._blocks[i], block)
         self._model = self._fill_model(decoder)
+        # Nothing is left that points into the weight file, so its pages can go.
+        for name, _ in list(decoder.named_children()):
+            delattr(decoder, name)
 
     @property
     def version(self) -> str:
@@ -144,7 +147,8 @@ class NativeDecoder:
         return [self._columns[id(cache)].extents_L for cache in caches]
 
     def _pointer(self, tensor: Tensor) -> int:
-        tensor = tensor.detach().contiguous()
+        """Address of a copy that lives as long as this object."""
+        tensor = tensor.detach().clone(memory_format=torch.contiguous_format)
         self._keep.append(tensor)
         return tensor.data_ptr()
 
@@ -190,9 +194,8 @@ class NativeDecoder:
             shape.layers, first.width_in, first.heads, first.kv_heads, first.head_width, first.hidden,
             native.RMS_NORM if shape.norm == "rms" else native.LAYER_NORM,
             native.ACTIVATIONS[shape.activation], shape.position_offset, 0,
-            shape.norm_eps, self._pointer(decoder.embed_tokens.weight.bfloat16()),
-            positions, frequencies, ctypes.addressof(self._blocks), self._norm(decoder.final_norm),
-            self._linear(decoder.lm_head),
+            shape.norm_eps, self._pointer(decoder.embed_tokens.weight.bfloat16()), positions, frequencies,
+            ctypes.addressof(self._blocks), self._norm(decoder.final_norm), self._linear(decoder.lm_head),
         )  # fmt: skip
 
 
