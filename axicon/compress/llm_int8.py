@@ -22,6 +22,8 @@ from axicon.model.int8 import Int8Linear
 class LLMInt8:
     threshold: float = 6.0
     """Activations of at least this magnitude stay out of the integer product; 0: none do."""
+    relative: float = 0.0
+    """The same, in units of the row's root mean square; 0: none do. 5 keeps 2 to 7 entries of a row apart."""
     head: bool = True
     """Pack a copy of the head for logits."""
     skip: tuple[str, ...] = ()
@@ -32,8 +34,9 @@ class LLMInt8:
         return False
 
     def __post_init__(self) -> None:
-        if self.threshold < 0:
-            raise AxiconError(f"llm_int8: threshold {self.threshold} is negative; 0 switches outliers off")
+        for name, value in (("threshold", self.threshold), ("relative", self.relative)):
+            if value < 0:
+                raise AxiconError(f"llm_int8: {name} {value} is negative; 0 switches it off")
 
     def begin(self, model: Decoder) -> None:
         """Nothing to prepare."""
@@ -41,13 +44,14 @@ class LLMInt8:
     def block(self, block: Block, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
         for name, module in list(block.named_children()):
             if isinstance(module, nn.Linear) and not self._skips(f"blocks.{block.index}.{name}"):
-                setattr(block, name, Int8Linear.from_linear(module, self.threshold))
+                setattr(block, name, Int8Linear.from_linear(module, self.threshold, self.relative))
         return inputs
 
     def finish(self, model: Decoder) -> None:
         if self.head and not self._skips("lm_head"):
             # A tied embedding keeps its own weight: only the product is replaced.
-            model.lm_head = Int8Linear.from_linear(model.lm_head, self.threshold)  # type: ignore[assignment]
+            packed = Int8Linear.from_linear(model.lm_head, self.threshold, self.relative)
+            model.lm_head = packed  # type: ignore[assignment]
 
     def _skips(self, name: str) -> bool:
         return any(fnmatch(name, pattern) for pattern in self.skip)

@@ -38,7 +38,7 @@ class Linear(c.Structure):
     """`axicon::Linear` of linear.h."""
 
     _fields_ = (
-        ("format", I32), ("outputs", I32), ("inputs", I32), ("threshold", F32),
+        ("format", I32), ("outputs", I32), ("inputs", I32), ("threshold", F32), ("relative", F32),
         ("weight", P), ("scale", P), ("bias", P),
     )  # fmt: skip
 

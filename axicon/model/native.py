@@ -164,7 +164,7 @@ class NativeDecoder:
         packed = torch.empty_like(weight)
         self.library.axicon_pack_bf16(weight.data_ptr(), outputs, inputs, packed.data_ptr())
         return native.Linear(
-            native.BF16, outputs, inputs, 0.0, self._pointer(packed), None,
+            native.BF16, outputs, inputs, 0.0, 0.0, self._pointer(packed), None,
             None if module.bias is None else self._pointer(module.bias.float()),
         )  # fmt: skip
 

@@ -95,6 +95,19 @@ def test_outliers_are_what_the_threshold_saves(path: str, seed: int) -> None:
 
 
 @pytest.mark.parametrize("path", PATHS)
+def test_relative_outliers(path: str) -> None:
+    """Rows of any size: what a fixed threshold misses in small ones, a relative one finds in all alike."""
+    layer = linear()
+    x = torch.randn(8, 256, generator=torch.Generator().manual_seed(7)) * 0.01
+    x[:, [17, 200]] *= 25
+    run, packed = PATHS[path], Int8Linear.from_linear(layer, 6.0, 5.0)
+    error = {r: relative(run(Int8Linear.from_linear(layer, 6.0, r), x), layer(x)) for r in (0.0, 5.0)}
+    assert error[0.0] / error[5.0] >= 2.5
+    assert torch.allclose(run(packed, x * 64), run(packed, x) * 64, rtol=1e-5, atol=1e-6)
+    assert torch.equal(run(packed, torch.zeros(1, 256)), torch.zeros(1, 64))
+
+
+@pytest.mark.parametrize("path", PATHS)
 def test_thresholds_at_both_ends(path: str) -> None:
     layer = linear()
     x = torch.randn(8, 256, generator=torch.Generator().manual_seed(3))

@@ -160,7 +160,7 @@ def test_bf16_product_alone(rows: int) -> None:
     weight, x = torch.randn(48, 64).bfloat16(), torch.randn(rows, 64)
     packed, y = torch.empty_like(weight), torch.empty(rows, 48)
     library.axicon_pack_bf16(weight.data_ptr(), 48, 64, packed.data_ptr())
-    linear = native.Linear(native.BF16, 48, 64, 0.0, packed.data_ptr(), None, None)
+    linear = native.Linear(native.BF16, 48, 64, 0.0, 0.0, packed.data_ptr(), None, None)
     library.axicon_linear(ctypes.addressof(linear), x.data_ptr(), rows, y.data_ptr(), 2)
     assert torch.allclose(y, x.bfloat16().float() @ weight.float().T, atol=1e-4)
 

@@ -111,9 +111,10 @@ def test_a_wrong_method_is_one_line(words: list[str], said: str) -> None:
 
 
 def test_what_is_served_by_default() -> None:
-    assert repr(ServeRecipe().build_compressor()) == "LLMInt8(threshold=3.0, head=True, skip=())"
+    default = repr(ServeRecipe().build_compressor())
+    assert default == "LLMInt8(threshold=6.0, relative=5.0, head=True, skip=())"
     assert ServeRecipe.parse(["compressor=none"]).build_compressor() is None
     assert ServeRecipe.parse(["dtype=float32"]).build_compressor() is None
     named = ServeRecipe.parse(["compressor=llm_int8"])
-    assert repr(named.build_compressor()) == "LLMInt8(threshold=6.0, head=True, skip=())"
+    assert repr(named.build_compressor()) == "LLMInt8(threshold=6.0, relative=0.0, head=True, skip=())"
     assert ServeRecipe.model_validate(named.model_dump(mode="json")).compressor == named.compressor

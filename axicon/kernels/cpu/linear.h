@@ -19,6 +19,7 @@ enum Format : int32_t { BF16 = 0, INT8 = 1 };
 struct Linear {
     int32_t format, outputs, inputs;
     float threshold;        // LLM.int8: entries of at least this magnitude stay apart; 0: none do
+    float relative;         // the same, in units of the row's root mean square; 0: none do
     const void* weight;     // packed as above
     const float* scale;     // (N,) absmax of each output's weights; int8 only
     const float* bias;      // (N,) or null
@@ -35,8 +36,21 @@ struct Encoded {
 
 inline size_t encoded_bytes(const Linear& l) { return size_t(l.inputs) * (l.format == INT8 ? 1 : 2); }
 
-inline void encode_int8(const float* x, int K, float threshold, int8_t* q, Encoded& e) {
-    const __m512 limit = _mm512_set1_ps(threshold > 0 ? threshold : INFINITY);
+inline float outlier_limit(const Linear& l, const float* x) {
+    const float absolute = l.threshold > 0 ? l.threshold : INFINITY;
+    if (l.relative <= 0) return absolute;
+    __m512 squares = _mm512_setzero_ps();
+    for (int k = 0; k < l.inputs; k += LANES) {
+        const __m512 v = _mm512_loadu_ps(x + k);
+        squares = _mm512_fmadd_ps(v, v, squares);
+    }
+    const float rms = std::sqrt(_mm512_reduce_add_ps(squares) / l.inputs);
+    return rms > 0 ? std::min(absolute, l.relative * rms) : absolute;
+}
+
+inline void encode_int8(const Linear& l, const float* x, int8_t* q, Encoded& e) {
+    const int K = l.inputs;
+    const __m512 limit = _mm512_set1_ps(outlier_limit(l, x));
     __m512 top = _mm512_setzero_ps();
     for (int k = 0; k < K; k += LANES) {
         const __m512 a = _mm512_abs_ps(_mm512_loadu_ps(x + k));
@@ -61,7 +75,7 @@ inline void encode_int8(const float* x, int K, float threshold, int8_t* q, Encod
 }
 
 inline void encode(const Linear& l, const float* x, void* to, Encoded& e) {
-    if (l.format == INT8) return encode_int8(x, l.inputs, l.threshold, static_cast<int8_t*>(to), e);
+    if (l.format == INT8) return encode_int8(l, x, static_cast<int8_t*>(to), e);
     bf16* q = static_cast<bf16*>(to);
     for (int k = 0; k < l.inputs; k += LANES) store_bf16(q + k, _mm512_loadu_ps(x + k));
 }
