@@ -33,7 +33,7 @@ class Run:
     first_token_s: list[float]
     """Per stream."""
     decode_s: float
-    """From the moment every stream had its first token to the last token."""
+    """From the moment every stream had its first token until the first stream ended."""
     decode_tokens: int
     """Tokens made in that time, over all streams."""
     total_s: float
@@ -102,6 +102,9 @@ class Axicon:
         first: list[float] = [0.0] * len(prompts)
         ended: list[tuple[float, int]] = []
         spent: list[dict[str, float]] = []
+        whole = 0
+        """Steps until the first stream ended: those that began early end early, and the rate of the few that
+        are left is not the rate of all."""
         native = self.engine.runner.native  # type: ignore[attr-defined]
         start = time.perf_counter()
         for stream, prompt in enumerate(prompts):
@@ -116,13 +119,17 @@ class Axicon:
                 tokens[stream] += delta.tokens
             ended.append((now, sum(len(delta.tokens) for delta in deltas)))
             spent.append(native.seconds() if native else {})
+            if any(delta.finish_reason for delta in deltas) and len(ended) > 1:
+                whole = whole or len(ended)
         last_first = max(first)
+        total_s = ended[-1][0]
+        ended, spent = ended[:whole], spent[:whole]
         decode = [(at, count) for at, count in ended if at > last_first and count]
         return Run(
             first_token_s=first,
             decode_s=decode[-1][0] - last_first,
             decode_tokens=sum(count for _, count in decode),
-            total_s=decode[-1][0],
+            total_s=total_s,
             tokens=tokens,
             parts_s=_parts(ended, spent, last_first) if native else None,
         )

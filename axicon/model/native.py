@@ -89,6 +89,7 @@ class NativeDecoder:
         self._keep: list[Tensor] = []
         self._columns: dict[int, _Column] = {}
         self._buffers = self.library.axicon_buffers_new()
+        self._arena, self._used = native.large_pages(_packed_bytes(decoder)), 0
         self._blocks = (native.Block * decoder.shape.layers)()
         for i, block in enumerate(decoder.blocks):
             assert isinstance(block, Block)
@@ -146,6 +147,15 @@ class NativeDecoder:
             self._columns[id(cache)] = column
         return [self._columns[id(cache)].extents_L for cache in caches]
 
+    def _weights(self, packed: Tensor) -> int:
+        """Address of packed weights in the arena. Every step reads all of them once: laid end to end on large
+        pages, that is some percent faster."""
+        size = -(-packed.nbytes // 64) * 64
+        place = self._arena[self._used : self._used + packed.nbytes]
+        place.copy_(packed.view(torch.uint8).view(-1))
+        self._used += size
+        return place.data_ptr()
+
     def _pointer(self, tensor: Tensor) -> int:
         """Address of a copy that lives as long as this object."""
         tensor = tensor.detach().clone(memory_format=torch.contiguous_format)
@@ -156,15 +166,17 @@ class NativeDecoder:
         if isinstance(module, PackedLinear):
             described = module.native(self.library)
             assert described is not None
-            self._keep += described[1]
-            return described[0]
+            descriptor, (packed, *others) = described
+            descriptor.weight = self._weights(packed)
+            self._keep += others
+            return descriptor
         assert isinstance(module, nn.Linear)
         outputs, inputs = module.weight.shape
         weight = module.weight.detach().contiguous()
         packed = torch.empty_like(weight)
         self.library.axicon_pack_bf16(weight.data_ptr(), outputs, inputs, packed.data_ptr())
         return native.Linear(
-            native.BF16, outputs, inputs, 0.0, 0.0, self._pointer(packed), None,
+            native.BF16, outputs, inputs, 0.0, 0.0, self._weights(packed), None,
             None if module.bias is None else self._pointer(module.bias.float()),
         )  # fmt: skip
 
@@ -197,6 +209,16 @@ class NativeDecoder:
             shape.norm_eps, self._pointer(decoder.embed_tokens.weight.bfloat16()), positions, frequencies,
             ctypes.addressof(self._blocks), self._norm(decoder.final_norm), self._linear(decoder.lm_head),
         )  # fmt: skip
+
+
+def _packed_bytes(decoder: Decoder) -> int:
+    """Of all products, each rounded up to a cache line."""
+    sizes = [
+        m.outputs * m.inputs if isinstance(m, PackedLinear) else m.weight.nbytes
+        for m in decoder.modules()
+        if isinstance(m, PackedLinear | nn.Linear)
+    ]
+    return sum(-(-size // 64) * 64 for size in sizes)
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,7 +32,8 @@ class PackedLinear(nn.Module, ABC):
         return F.linear(x, self.unpack().to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
 
     def native(self, library: native.Library) -> tuple[native.Linear, list[Tensor]] | None:
-        """Descriptor for the C++ step and the tensors it points into; None without such a kernel."""
+        """Descriptor for the C++ step and the tensors it points into, packed weights first; None without such
+        a kernel."""
         return None
 
     @abstractmethod

@@ -14,6 +14,8 @@
 
 namespace axicon {
 
+constexpr int AHEAD = 4096;  // bytes: the distance at which memory answers in time
+
 enum Format : int32_t { BF16 = 0, INT8 = 1 };
 
 struct Linear {
@@ -96,7 +98,11 @@ inline void tile_int8(const Linear& l, const int8_t* q, const Encoded* rows, int
     unroll<M>([&](auto m) { unroll<B>([&](auto b) { acc[m][b] = _mm512_setzero_si512(); }); });
     for (int k = 0; k < K; k += 4) {
         __m512i wv[B];
-        unroll<B>([&](auto b) { wv[b] = _mm512_loadu_si512(w + (size_t(b) * K + k) * LANES); });
+        unroll<B>([&](auto b) {
+            const auto* from = w + (size_t(b) * K + k) * LANES;
+            _mm_prefetch(reinterpret_cast<const char*>(from) + AHEAD, _MM_HINT_T0);
+            wv[b] = _mm512_loadu_si512(from);
+        });
         unroll<M>([&](auto m) {
             int32_t four;
             memcpy(&four, q + size_t(m) * K + k, 4);
@@ -133,7 +139,11 @@ inline void tile_bf16(const Linear& l, const bf16* q, int block, Store&& store) 
     unroll<M>([&](auto m) { unroll<B>([&](auto b) { acc[m][b] = _mm512_setzero_ps(); }); });
     for (int k = 0; k < K; k += 2) {
         __m512i wv[B];
-        unroll<B>([&](auto b) { wv[b] = _mm512_loadu_si512(w + (size_t(b) * K + k) * LANES); });
+        unroll<B>([&](auto b) {
+            const auto* from = w + (size_t(b) * K + k) * LANES;
+            _mm_prefetch(reinterpret_cast<const char*>(from) + AHEAD, _MM_HINT_T0);
+            wv[b] = _mm512_loadu_si512(from);
+        });
         unroll<M>([&](auto m) {
             int32_t two;
             memcpy(&two, q + size_t(m) * K + k, 4);
@@ -168,6 +178,8 @@ inline void tile(const Linear& l, const char* q, const Encoded* rows, int row, i
 // All rows times `count` blocks of 16 outputs.
 template <class Store>
 inline void multiply(const Linear& l, const char* q, const Encoded* rows, int R, int block, int count, Store&& store) {
+    // One row is a matter of memory alone: four streams of weights at a time keep it busier than two.
+    for (; R == 1 && count >= 4; block += 4, count -= 4) tile<1, 4>(l, q, rows, 0, block, store);
     for (; count > 0; block += 2, count -= 2) {
         auto some = [&](auto m, int row) {
             if (count >= 2) tile<m, 2>(l, q, rows, row, block, store);

@@ -227,7 +227,9 @@ void run(const Model& m, const Step& s, Buffers& buf) {
         float* h = line.data();
         int stage = 0;
         auto product = [&](const Linear& l, int R, auto&& store) {
-            const int blocks = l.outputs / LANES, grain = std::max(2, blocks / 64 & ~1);
+            // Some pieces per thread, so that one who is held up can be helped, each long enough for the
+            // hardware to read ahead.
+            const int blocks = l.outputs / LANES, grain = std::max(2, blocks / (8 * s.threads) & ~1);
             team.share(stage, (blocks + grain - 1) / grain, [&](int i) {
                 multiply(l, encoded, rows, R, i * grain, std::min(grain, blocks - i * grain), store);
             }, PRODUCTS);
