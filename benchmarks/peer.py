@@ -123,7 +123,8 @@ class Axicon:
                 whole = whole or len(ended)
         last_first = max(first)
         total_s = ended[-1][0]
-        ended, spent = ended[:whole], spent[:whole]
+        if ended[whole - 1][0] > last_first:  # else some ended before the last began: there is no such time
+            ended, spent = ended[:whole], spent[:whole]
         decode = [(at, count) for at, count in ended if at > last_first and count]
         return Run(
             first_token_s=first,
