@@ -117,8 +117,9 @@ OptionalMethod = Annotated[Method | None, BeforeValidator(named_method)]
 
 AUTO = Method(method="auto")
 SERVED_BY_DEFAULT = Method.model_validate({"method": "llm_int8", "relative": 5.0})
-"""What `auto` means for bfloat16. The paper's threshold of 6 alone loses 2 % of perplexity on the embedded
-model, outliers from 5 root mean squares on 0.4 %, at the same speed (docs/log.md)."""
+"""What `auto` means for bfloat16 where the C++ kernels run. The paper's threshold of 6 alone loses 2 % of
+perplexity on the embedded model, outliers from 5 root mean squares on 0.5 %, at the same speed
+(docs/results.md)."""
 
 
 class ModelRecipe(Recipe):
@@ -129,17 +130,20 @@ class ModelRecipe(Recipe):
     offline: bool | None = Field(None, description="never ask the hub; none: as HF_HUB_OFFLINE says")
     dtype: Dtype = Field("bfloat16", description="numbers the model computes in")
     compressor: OptionalMethod = Field(
-        AUTO, description="applied after loading: auto is int8 for bfloat16, none leaves the model alone"
+        AUTO, description="applied after loading: auto is int8 where kernels run it, none is nothing"
     )
     threads: int | None = Field(None, ge=1, le=1024, description="compute threads; none: one per core")
 
     def build_compressor(self) -> Compressor | None:
         """What to do to the model after loading. Raises AxiconError for a method that needs data."""
         from axicon.compress import COMPRESSORS
+        from axicon.kernels import native
 
         method = self.compressor
         if method == AUTO:
-            method = SERVED_BY_DEFAULT if self.dtype == "bfloat16" else None
+            # In torch, int8 is slower than bfloat16 (measured: 0.6 of it), so it takes the kernels to be worth it.
+            fast = self.dtype == "bfloat16" and native.why_unavailable() is None
+            method = SERVED_BY_DEFAULT if fast else None
         if method is None:
             return None
         compressor = method.build(COMPRESSORS, "compressor")

@@ -151,12 +151,11 @@ class AxiconInt8(Axicon):
     """What `axicon serve` runs by default."""
 
     def transform(self) -> Any:
+        from axicon.compress import COMPRESSORS
         from axicon.compress.walk import Compress
-        from axicon.recipe import ServeRecipe
+        from axicon.recipe import SERVED_BY_DEFAULT
 
-        compressor = ServeRecipe().build_compressor()
-        assert compressor is not None
-        return Compress(compressor)
+        return Compress(SERVED_BY_DEFAULT.build(COMPRESSORS, "compressor"))
 
     def count_bytes(self, model: str, dtype: str) -> int:
         return _weight_bytes(model, "int8")

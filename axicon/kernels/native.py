@@ -115,6 +115,15 @@ def library() -> Library:
     return lib
 
 
+def why_unavailable() -> str | None:
+    """The reason the kernels cannot run on this machine, or None."""
+    try:
+        library()
+    except Unavailable as reason:
+        return str(reason)
+    return None
+
+
 def large_pages(size: int) -> torch.Tensor:
     """uint8 (size,), on pages of 2 MiB where the system grants them: fewer misses when all of it is
     streamed.

@@ -55,11 +55,7 @@ def why_not(decoder: Decoder) -> str | None:
             return f"{name} is stored as {module.format}, they know {', '.join(native.FORMATS)}"
         if isinstance(module, nn.Linear) and module.weight.dtype != torch.bfloat16:
             return f"{name} is {str(module.weight.dtype).removeprefix('torch.')}, not bfloat16"
-    try:
-        native.library()
-    except native.Unavailable as reason:
-        return str(reason)
-    return None
+    return native.why_unavailable()
 
 
 @dataclass(frozen=True, slots=True)

@@ -110,7 +110,8 @@ def test_a_wrong_method_is_one_line(words: list[str], said: str) -> None:
         ServeRecipe.parse(words).build_compressor()
 
 
-def test_what_is_served_by_default() -> None:
+def test_what_is_served_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("axicon.kernels.native.why_unavailable", lambda: None)
     default = repr(ServeRecipe().build_compressor())
     assert default == "LLMInt8(threshold=6.0, relative=5.0, head=True, skip=())"
     assert ServeRecipe.parse(["compressor=none"]).build_compressor() is None
@@ -118,3 +119,6 @@ def test_what_is_served_by_default() -> None:
     named = ServeRecipe.parse(["compressor=llm_int8"])
     assert repr(named.build_compressor()) == "LLMInt8(threshold=6.0, relative=0.0, head=True, skip=())"
     assert ServeRecipe.model_validate(named.model_dump(mode="json")).compressor == named.compressor
+    monkeypatch.setattr("axicon.kernels.native.why_unavailable", lambda: "no compiler")
+    assert ServeRecipe().build_compressor() is None
+    assert named.build_compressor() is not None
