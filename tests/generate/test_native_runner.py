@@ -5,6 +5,7 @@ never a secret.
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from axicon.generate.runner import LocalRunner
 from axicon.kernels import native
 from axicon.model.decoder import Decoder
 from axicon.model.shape import ModelShape
+from axicon.protocols import StepInput
 
 CONFIG = {
     "model_type": "llama",
@@ -95,3 +97,17 @@ def test_falls_back_only_aloud(caplog: pytest.LogCaptureFixture) -> None:
         slow = LocalRunner(tiny(**odd), kv_bytes=8 << 20, kernels="auto")
     assert slow.native is None
     assert "head width is not one of" in caplog.text
+
+
+def test_a_tree_through_the_runner_is_what_torch_computes(make_step: Callable[..., StepInput]) -> None:
+    """The kernels get every node's ancestors from the parents in the step: siblings do not see each other."""
+    prompt = [(token, i, 0, i - 1) for i, token in enumerate([9, 30, 4, 77, 12])]
+    tree = [(5, 5, 0, -1), (6, 5, 0, -1), (7, 6, 0, 0), (8, 6, 0, 0), (9, 7, 0, 3)]
+    got = []
+    for one in (runner(tiny()), LocalRunner(tiny(), kv_bytes=8 << 20, max_rows=8, prefill_chunk=16)):
+        one.forward(make_step(prompt, forced=True, reserves=((0, 64),)))
+        logits = one.forward(make_step(tree, commits=tuple(range(5)))).logits_WV
+        after = one.forward(make_step([(3, 8, 0, -1)], commits=(0, 3, 4))).logits_WV
+        got.append(torch.cat([logits, after]))
+    error = (got[0] - got[1]).abs().amax(1)
+    assert (error <= 0.03 * got[1].abs().amax(1)).all()
