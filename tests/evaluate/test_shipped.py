@@ -12,7 +12,7 @@ import pytest
 
 from axicon.model import checkpoint
 from axicon.recipe import EvaluateRecipe, LocalServeRecipe
-from jobs.__main__ import read_recipe
+from jobs.command import read_recipe
 from tests.evaluate.tiny import PROSE, make_tokenizer, save_model
 from tests.services.live import serving
 

@@ -1,0 +1,105 @@
+"""What the verbs of the `axicon` command share: the group they are in, their `--help`, their recipes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+import yaml
+
+from axicon import __version__
+from axicon.errors import AxiconError
+from axicon.recipe import Recipe, fields
+
+R = TypeVar("R", bound=Recipe)
+
+WRONG_INPUT = 2
+FAILED = 1
+
+
+class Verb(click.Command):
+    """A command whose `--help` ends with the settings of its recipe."""
+
+    recipe: type[Recipe]
+
+    @classmethod
+    def of(cls, recipe: type[Recipe]) -> type[Verb]:
+        """The class of commands with this recipe."""
+        return type(f"{recipe.__name__}Verb", (cls,), {"recipe": recipe})
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Settings, given as key=value"):
+            formatter.write_dl(settings(self.recipe), col_max=28)
+        super().format_epilog(ctx, formatter)
+
+
+def settings(recipe: type[Recipe]) -> list[tuple[str, str]]:
+    """("key=default", what it is) of every setting but the model, which has a place of its own."""
+    defaults = recipe().model_dump(mode="json")
+    rows = []
+    for key, about in fields(recipe):
+        value: Any = defaults
+        for part in key.split("."):
+            value = value[part]
+        if key != "model":
+            rows.append((f"{key}={_typed(value)}", about))
+    return rows
+
+
+def _typed(value: Any) -> str:
+    if value is None:
+        return "none"
+    return ",".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def read_recipe(kind: type[R], words: Sequence[str]) -> R:
+    """A recipe from what was typed: perhaps a model or a recipe file, then key=value words."""
+    words = list(words)
+    values: dict[str, Any] = {}
+    if words and "=" not in words[0]:
+        first = words.pop(0)
+        values = read_file(Path(first)) if first.endswith((".yaml", ".yml")) else {"model": first}
+    return kind.parse(words, **values)
+
+
+def read_file(path: Path) -> dict[str, Any]:
+    """The settings in a recipe file. Raises AxiconError."""
+    try:
+        content = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise AxiconError(f"{path}: cannot be read ({error.strerror}); name another file") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise AxiconError(f"{path}: no valid YAML ({' '.join(str(error).split())}); mend the file") from None
+    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
+        raise AxiconError(f"{path}: holds no `key: value` lines; see recipes/ for examples")
+    return content
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, "--version", message="%(version)s")
+def axicon() -> None:
+    """Compress an open language model, repair it, prove what it still can do, and serve it.
+
+    MODEL is `demo` (a small model that comes with axicon), a directory with safetensors, config.json and
+    a tokenizer, a .gguf file, or a model id of the Hugging Face hub. Everything else is key=value; the
+    --help of a command lists its keys.
+
+    \b
+    First steps:
+      axicon serve demo                      an OpenAI-style endpoint on http://127.0.0.1:8000
+      axicon serve demo port=8001 threads=1  another, with one compute thread
+      axicon evaluate demo text=FILE         perplexity of a model on a text
+      axicon doctor                          what this machine has, and what is unsafe
+    """
+
+
+show = click.option("--show", is_flag=True, help="Print the resolved recipe and do nothing.")
+words = click.argument("words", nargs=-1, metavar="[MODEL] [KEY=VALUE]...")
+
+
+def debug() -> bool:
+    """Whether AXICON_DEBUG asks for tracebacks and for what Ray says."""
+    return os.environ.get("AXICON_DEBUG", "") not in ("", "0")
