@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import os
 from pathlib import Path
@@ -16,6 +18,25 @@ def cache_dir() -> Path:
         return Path(own).expanduser().absolute()
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(base).expanduser().absolute() / "axicon"
+
+
+_held: set[Path] = set()
+
+
+def hold(folder: Path) -> Path:
+    """Keep a model of the cache from `axicon cache clean` until this process ends; returns `folder`.
+
+    A model is read into memory and its files closed, but a server that restarts reads it again. Elsewhere
+    than in the cache this does nothing. Raises AxiconError when the model is being removed.
+    """
+    if folder in _held or not folder.resolve().is_relative_to((cache_dir() / "models").resolve()):
+        return folder
+    with contextlib.suppress(OSError):  # a file system without locks, or no such file
+        fcntl.flock(os.open(folder / "manifest.json", os.O_RDONLY), fcntl.LOCK_SH)
+        _held.add(folder)
+    if not folder.exists():
+        raise AxiconError(f"{folder}: was just removed by `axicon cache clean`; run the command again")
+    return folder
 
 
 def file_digest(path: Path) -> str:

