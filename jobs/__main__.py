@@ -3,19 +3,29 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Sequence
 
 import click
 
 from axicon.errors import AxiconError, RunFailed
 from jobs.command import FAILED, WRONG_INPUT, axicon, debug
-from jobs.verbs import machine, measure, server  # noqa: F401 - each adds its verbs
+from jobs.stop import Stopped, stop_on_signal
+from jobs.submitted import keep_lines_whole, succeeded
+from jobs.verbs import cluster, machine, measure, server  # noqa: F401 - each adds its verbs
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command. What a user can mend is one line on standard error, and the exit code is not 0."""
+    keep_lines_whole()
+    words, begun = list(sys.argv[1:] if arguments is None else arguments), time.monotonic()
     try:
-        axicon.main(args=arguments, prog_name="axicon", standalone_mode=False)
+        with stop_on_signal():
+            axicon.main(args=words, prog_name="axicon", standalone_mode=False)
+        succeeded(" ".join(words[:1]), time.monotonic() - begun)
+    except Stopped as stopped:
+        click.echo(f"axicon: stopped; {stopped.kept}", err=True)
+        sys.exit(stopped.exit_code)
     except click.exceptions.Abort:
         sys.exit(130)
     except click.ClickException as error:

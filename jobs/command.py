@@ -13,6 +13,7 @@ import yaml
 from axicon import __version__
 from axicon.errors import AxiconError
 from axicon.recipe import Recipe, fields
+from jobs.submitted import begin
 
 R = TypeVar("R", bound=Recipe)
 
@@ -62,7 +63,9 @@ def read_recipe(kind: type[R], words: Sequence[str]) -> R:
     if words and "=" not in words[0]:
         first = words.pop(0)
         values = read_file(Path(first)) if first.endswith((".yaml", ".yml")) else {"model": first}
-    return kind.parse(words, **values)
+    recipe = kind.parse(words, **values)
+    context = click.get_current_context(silent=True)
+    return recipe if context is None else begin(context.info_name or "", recipe)
 
 
 def read_file(path: Path) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, cast
 
 from axicon.generate.request import Delta, Limits, Overloaded, Request
+from axicon.model.presence import serving
 from axicon.recipe import ServeRecipe
 from services.auth import Access
 from services.errors import ApiError
@@ -85,10 +86,12 @@ class GenerationServer:
         self._mailbox: Mailbox | None = None
         self._watcher: asyncio.Task[None] | None = None
         self._durations: deque[float] = deque(maxlen=RECENT)
+        self._signs = contextlib.ExitStack()
 
     async def start(self) -> None:
         """Load the model and begin to answer. Raises AxiconError when it cannot be served."""
         await asyncio.to_thread(self.thread.start)
+        self._signs.enter_context(serving())
         self._mailbox = Mailbox(asyncio.get_running_loop(), self._observe)
         self._served = served = await asyncio.to_thread(self._describe)
         self._metrics = Metrics(served.name, self.thread.stats)
@@ -98,6 +101,7 @@ class GenerationServer:
 
     async def close(self) -> None:
         """End every request and the engine thread."""
+        self._signs.close()
         if self._watcher is not None:
             self._watcher.cancel()
             with contextlib.suppress(asyncio.CancelledError):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import http.server
 import shlex
-import signal
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -156,32 +155,6 @@ def test_the_ready_line_holds_a_command_that_can_be_pasted() -> None:
     keyed = serve.ready_line(recipe(host="::", served_name="m", api_key_hashes=["ab" * 32]), 1)
     assert "http://[::1]:8000" in keyed
     assert "Authorization: Bearer" in keyed
-
-
-def test_signals_end_it_and_are_given_back_afterwards() -> None:
-    before = signal.getsignal(signal.SIGTERM)
-    for number in serve.SIGNALS:
-        with pytest.raises(serve.Stopped), serve.stop_on_signal():
-            signal.raise_signal(number)
-    assert signal.getsignal(signal.SIGTERM) == before
-
-
-def test_a_second_signal_hurries_and_a_third_is_too_late() -> None:
-    with serve.stop_on_signal():
-        for _ in range(2):
-            with pytest.raises(serve.Stopped):
-                signal.raise_signal(signal.SIGINT)
-        signal.raise_signal(signal.SIGINT)
-        assert signal.getsignal(signal.SIGINT) is not signal.default_int_handler
-
-
-def test_sigint_counts_even_where_the_shell_had_it_ignored() -> None:
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        with pytest.raises(serve.Stopped), serve.stop_on_signal():
-            signal.raise_signal(signal.SIGINT)
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def test_the_application_is_given_what_its_own_recipe_takes() -> None:
