@@ -108,11 +108,19 @@ def library() -> Library:
         "axicon_buffers_delete": (P,),
         "axicon_seconds": (P, P),
         "axicon_step": (P, P, P),
+        "axicon_softmax": (P, P, I32, I32, P, P, I32),
+        "axicon_largest": (P, I32, I32, I32, P, P, I32),
+        "axicon_draw": (P, P, I32, I32, c.c_int64, P, P, I32),
     }.items():
         getattr(lib, name).argtypes = arguments
         getattr(lib, name).restype = None
     lib.axicon_buffers_new.restype = P
     return lib
+
+
+def version() -> str | None:
+    """Name of the compiled kernels, which source, compiler, flags and processor decide; None without them."""
+    return None if why_unavailable() else Path(library()._name).stem
 
 
 def why_unavailable() -> str | None:

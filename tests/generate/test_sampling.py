@@ -11,10 +11,11 @@ from hypothesis import strategies as st
 
 from axicon.generate.request import SamplingParams
 from axicon.generate.sampling import SAMPLERS
-from axicon.generate.sampling.gumbel import GumbelMax, exponentials, splitmix, stream_key
+from axicon.generate.sampling.gumbel import GumbelMax, stream_key
 from axicon.generate.sampling.processors import LogitProcessor
 from axicon.generate.sampling.sample import Row, logprobs, sample
 from axicon.generate.sampling.truncation import truncate
+from axicon.kernels.sampling import exponentials, splitmix
 from axicon.protocols import Draw
 
 VOCAB = 3000
@@ -151,7 +152,10 @@ def reference_truncate(probs, top_k, top_p, min_p):
 def test_truncation_equals_a_full_sort(seed, scale, steps, top_k, top_p, min_p):
     probs = torch.softmax(logits(vocab=VOCAB, seed=seed, scale=scale, steps=steps), -1)
     params = SamplingParams(top_k=top_k, top_p=top_p, min_p=min_p)
-    values, ids = truncate(probs[0], params)
+    others = [SamplingParams(top_k=3), SamplingParams(top_p=0.9)]
+    values_RC, ids_RC = truncate(probs.expand(3, -1), [others[0], params, others[1]])
+    kept = values_RC[1] > 0
+    values, ids = values_RC[1][kept], ids_RC[1][kept]
     want = reference_truncate(probs[0].double().tolist(), top_k, top_p, min_p)
     assert set(ids.tolist()) == want
     assert len(ids) == len(want)

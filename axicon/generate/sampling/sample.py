@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 from axicon.generate.request import SamplingParams, TokenLogprob
 from axicon.generate.sampling.processors import LogitProcessor
 from axicon.generate.sampling.truncation import truncate, truncates
+from axicon.kernels.sampling import softmax
 from axicon.protocols import Draw, Sampler
 
 UNLIKELY = -9999.0
@@ -36,29 +37,40 @@ def sample(logits_RV: Tensor, rows: Sequence[Row], sampler: Sampler) -> list[int
         best_R, ids_R = (logits_RV if len(greedy) == len(rows) else logits_RV[greedy]).max(-1)
         for i, token, good in zip(greedy, ids_R.tolist(), best_R.isfinite().tolist(), strict=True):
             tokens[i] = token if good else None
-    for i in set(range(len(rows))).difference(greedy):
-        tokens[i] = _one(logits_RV[i], rows[i], sampler)
+    drawn: dict[int, Tensor] = {}
+    for i in sorted(set(range(len(rows))).difference(greedy)):
+        logits_V, row = logits_RV[i], rows[i]
+        if row.processor.active:
+            logits_V = row.processor.apply(logits_V)
+        if row.params.temperature:
+            drawn[i] = logits_V
+        elif logits_V.amax().isfinite():
+            tokens[i] = int(logits_V.argmax())
+    for truncated in (False, True):
+        group = [i for i in drawn if truncates(rows[i].params) == truncated]
+        if group:
+            _draw({i: drawn[i] for i in group}, rows, truncated, sampler, tokens)
     return tokens
 
 
-def _one(logits_V: Tensor, row: Row, sampler: Sampler) -> int | None:
-    """Row by row, as a row and what is made of it fit into the cache of a core and a batch does not."""
-    if row.processor.active:
-        logits_V = row.processor.apply(logits_V)
-    best = logits_V.amax()
-    if not best.isfinite():
-        return None
-    if row.params.temperature == 0:
-        return int(logits_V.argmax())
-    probs_V = logits_V.sub(best)
-    if row.params.temperature != 1:
-        probs_V.div_(row.params.temperature)
-    probs_V = probs_V.softmax(-1)
-    if truncates(row.params):
-        probs_C, ids_C = truncate(probs_V, row.params)
+def _draw(
+    drawn: Mapping[int, Tensor], rows: Sequence[Row], truncated: bool, sampler: Sampler,
+    tokens: list[int | None],
+) -> None:  # fmt: skip
+    """Fill in the tokens of rows that all truncate, or none of which does, from their logits."""
+    probs_RC, good_R = softmax(list(drawn.values()), [rows[i].params.temperature for i in drawn])
+    index = [i for i, good in zip(drawn, good_R, strict=True) if good]
+    if not index:
+        return
+    if len(index) < len(drawn):
+        probs_RC = probs_RC[torch.tensor(good_R)]
+    if truncated:
+        probs_RC, ids_RC = truncate(probs_RC, [rows[i].params for i in index])
     else:
-        probs_C, ids_C = probs_V, torch.arange(len(probs_V))
-    return int(sampler.choose(probs_C[None], ids_C[None], [row.draw]))
+        ids_RC = torch.arange(probs_RC.shape[1]).expand(probs_RC.shape)
+    chosen = sampler.choose(probs_RC, ids_RC, [rows[i].draw for i in index])
+    for i, token in zip(index, chosen.tolist(), strict=True):
+        tokens[i] = token
 
 
 @torch.inference_mode()

@@ -13,6 +13,7 @@
 
 #include "attention.h"
 #include "linear.h"
+#include "sampling.h"
 
 namespace axicon {
 
@@ -332,5 +333,28 @@ void axicon_linear(const axicon::Linear* l, const float* x, int R, float* y, int
             axicon::multiply(*l, q.data(), rows.data(), R, b, std::min(4, blocks - b),
                              [&](int r, int o, __m512 v) { _mm512_storeu_ps(y + size_t(r) * l->outputs + o, v); });
     }
+}
+
+// One row of logits per pointer; probs (R, V), good (R).
+void axicon_softmax(const float* const* logits, const float* temperatures, int rows, int vocab, float* probs, uint8_t* good,
+                    int threads) {
+#pragma omp parallel for schedule(dynamic) num_threads(std::min(threads, rows))
+    for (int r = 0; r < rows; ++r)
+        good[r] = axicon::probabilities(logits[r], vocab, temperatures[r], probs + size_t(r) * vocab);
+}
+
+// The `width` <= V largest of every row of probs (R, V); values and ids (R, width).
+void axicon_largest(const float* probs, int rows, int vocab, int width, float* values, int64_t* ids, int threads) {
+#pragma omp parallel for schedule(dynamic) num_threads(std::min(threads, rows))
+    for (int r = 0; r < rows; ++r)
+        axicon::largest(probs + size_t(r) * vocab, vocab, width, values + size_t(r) * width, ids + size_t(r) * width);
+}
+
+// One draw per row of probs (R, C) and ids (R, C), whose rows lie `stride` apart (0: all rows have the same ids).
+void axicon_draw(const float* probs, const int64_t* ids, int rows, int count, int64_t stride, const uint64_t* keys,
+                        int64_t* tokens, int threads) {
+#pragma omp parallel for schedule(dynamic) num_threads(std::min(threads, rows))
+    for (int r = 0; r < rows; ++r)
+        tokens[r] = axicon::first_arrival(probs + size_t(r) * count, ids + r * stride, count, keys[r]);
 }
 }
