@@ -1,7 +1,8 @@
-"""cluster.yaml, and the one-machine cluster that it describes.
+"""Ray on this machine: the one node of `axicon serve`, or the node table of a cluster.yaml, simulated.
 
-`local_ray` starts Ray with everything it needs in a private folder, on loopback, with a token of its own, and
-ends every process it started, however the block is left. Two of them run beside each other without meeting.
+`local_ray` and `simulated` start Ray with everything it needs in a private folder, on loopback, with a
+token of its own, and end every process they started, however the block is left. Several run beside each other
+without meeting.
 """
 
 from __future__ import annotations
@@ -16,69 +17,29 @@ import sys
 import sysconfig
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import yaml
-from pydantic import Field
+from typing import Any, Literal
 
 from axicon.errors import AxiconError
-from axicon.recipe import Recipe
+from jobs.cluster_file import ClusterFile, LocalNode, Metadata, NodeType
 
-FLOOR_MIB = 75
-"""Ray refuses an object store smaller than this."""
 LONGEST_BASE = 20
 """Characters. HAProxy takes socket paths of 97, and Ray puts a node's name of 57 into them."""
 
 
-class LocalNode(Recipe):
-    """`metadata.local`: the whole cluster as one node of this machine."""
-
-    resources: dict[str, int] = Field({"CPU": 4})
-    """Counts that Ray hands out; they need not be real."""
-    object_store_mib: int = Field(96, ge=FLOOR_MIB)
-    env: dict[str, str] = Field({})
-    """What differs from `metadata.env`."""
+Nodes = Literal["table", "local"]
 
 
-class Metadata(Recipe):
-    """`metadata`: the part of cluster.yaml that is ours."""
+@dataclass(frozen=True, slots=True)
+class Simulated:
+    """A cluster of this machine that runs."""
 
-    version: int = Field(ge=1, le=1)
-    storage_path: str
-    env: dict[str, str]
-    """Variables Ray reads when its processes start."""
-    local: LocalNode = LocalNode()
-    serve: dict[str, Any]
-    """A ServeDeploySchema."""
-    jobs: dict[str, dict[str, Any]]
-    """Arguments of `JobSubmissionClient.submit_job`, by job name."""
-
-
-def shipped() -> Path:
-    """The cluster.yaml that comes with axicon. In a checkout it is a link to the one at the root."""
-    return Path(__file__).with_name("cluster.yaml")
-
-
-def read(path: Path | None = None) -> Metadata:
-    """Our part of a cluster.yaml, the shipped one if none is given. Raises AxiconError."""
-    path = path or shipped()
-    try:
-        content = yaml.safe_load(path.read_text())
-    except OSError as error:
-        raise AxiconError(
-            f"{path}: cannot be read ({error.strerror}); name a cluster.yaml with cluster="
-        ) from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        reason = " ".join(str(error).split())
-        raise AxiconError(f"{path}: no valid YAML ({reason}); mend the file") from None
-    metadata = content.get("metadata") if isinstance(content, dict) else None
-    if not isinstance(metadata, dict):
-        raise AxiconError(f"{path}: has no `metadata`; start from the shipped {shipped()}")
-    try:
-        return Metadata.parse(**metadata)
-    except AxiconError as error:
-        raise AxiconError(f"{path}: in metadata, {error}") from None
+    folder: Path
+    gcs: str
+    """host:port of the control plane."""
+    dashboard: str
+    """URL of the dashboard, which is also where jobs are submitted."""
 
 
 def free_ports(count: int) -> list[int]:
@@ -142,10 +103,7 @@ def local_ray(
     when it is imported and nothing runs yet; what it raises ends the matter. Raises AxiconError when Ray
     cannot be started.
     """
-    if "ray" in sys.modules:
-        raise RuntimeError("local_ray must run before ray is imported: Ray would not see its settings")
-    folder = private_folder()
-    with _reaped(folder), _variables(environment(metadata, folder)):
+    with _private(metadata) as folder:
         from ray import serve  # noqa: F401 - slow, so it is done while others may be at work
 
         before_start()
@@ -158,9 +116,6 @@ def local_ray(
 
 
 def _start(node: LocalNode, folder: Path, dashboard_port: int | None, debug: bool) -> None:
-    token = folder / "token"
-    token.touch(mode=0o600)
-    token.write_text(secrets.token_hex(32))
     import ray
 
     counts = dict(node.resources)
@@ -178,10 +133,76 @@ def _start(node: LocalNode, folder: Path, dashboard_port: int | None, debug: boo
             logging_level=logging.INFO if debug else logging.ERROR,
         )
     except Exception as error:
-        reason = " ".join(str(error).split())[:300]
-        raise AxiconError(
-            f"Ray could not be started ({reason}); see `axicon doctor`, or more of it with AXICON_DEBUG=1"
-        ) from error
+        raise _not_started(error) from error
+
+
+@contextlib.contextmanager
+def simulated(
+    file: ClusterFile, nodes: Nodes, dashboard_port: int, say: Callable[[str], None]
+) -> Iterator[Simulated]:
+    """The node table of `file`, or the one node of `metadata.local`, as Ray nodes of this machine.
+
+    Every worker type gets its `min_workers`; if that makes none, the first type gets one. Serve and jobs
+    find them as they would find machines, resources and labels included. Raises AxiconError.
+    """
+    node = file.metadata.local
+    with _private(file.metadata) as folder:
+        from ray.cluster_utils import Cluster
+
+        head, workers = node_list(file, nodes)
+        common: dict[str, Any] = {
+            "node_ip_address": "127.0.0.1",
+            "object_store_memory": node.object_store_mib * 2**20,
+        }
+        try:
+            cluster = Cluster()
+            cluster.add_node(
+                **_ray_node(head),
+                **common,
+                include_dashboard=True,
+                dashboard_host="127.0.0.1",
+                dashboard_port=dashboard_port,
+                dashboard_agent_listen_port=0,
+                gcs_server_port=0,
+            )
+            say(f"node {head.name} runs")
+            for number, worker in enumerate(workers, start=1):
+                cluster.add_node(**_ray_node(worker), **common)
+                say(f"node {worker.name} runs ({number} of {len(workers)})")
+        except Exception as error:
+            raise _not_started(error) from error
+        try:
+            yield Simulated(folder, cluster.address, f"http://{cluster.webui_url}")
+        finally:
+            with _quiet(), contextlib.suppress(Exception):
+                cluster.shutdown()
+
+
+def node_list(file: ClusterFile, nodes: Nodes) -> tuple[NodeType, list[NodeType]]:
+    """The head and every worker that `simulated` starts."""
+    if nodes == "local" or not file.workers:
+        return NodeType("local", dict(file.metadata.local.resources), {}, 0, 0), []
+    workers = [node for node in file.workers for _ in range(node.min_workers)]
+    return file.head, workers or [file.workers[0]]
+
+
+def _ray_node(node: NodeType) -> dict[str, Any]:
+    """Arguments of `Cluster.add_node`."""
+    counts = dict(node.resources)
+    return {
+        "num_cpus": counts.pop("CPU", 0),
+        "num_gpus": counts.pop("GPU", 0),
+        "resources": {name: float(count) for name, count in counts.items()},
+        "labels": node.labels,
+        "env_vars": {"RAY_NODE_TYPE_NAME": node.name},
+    }
+
+
+def _not_started(error: Exception) -> AxiconError:
+    reason = " ".join(str(error).split())[:300]
+    return AxiconError(
+        f"Ray could not be started ({reason}); see `axicon doctor`, or more of it with AXICON_DEBUG=1"
+    )
 
 
 def _shut_down() -> None:
@@ -193,6 +214,19 @@ def _shut_down() -> None:
         serve.shutdown()
     with contextlib.suppress(Exception):
         ray.shutdown()
+
+
+@contextlib.contextmanager
+def _private(metadata: Metadata) -> Iterator[Path]:
+    """A new folder with a token, and the environment for a Ray that keeps everything in it."""
+    if "ray" in sys.modules:
+        raise RuntimeError("this must run before ray is imported: Ray would not see its settings")
+    folder = private_folder()
+    with _reaped(folder), _variables(environment(metadata, folder)):
+        token = folder / "token"
+        token.touch(mode=0o600)
+        token.write_text(secrets.token_hex(32))
+        yield folder
 
 
 @contextlib.contextmanager

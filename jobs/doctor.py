@@ -223,14 +223,14 @@ def secrets() -> Iterator[Finding]:
 
 def own_files() -> Iterator[Finding]:
     """That cluster.yaml reads, and that the proxy can be kept on loopback."""
-    from jobs import cluster
+    from jobs import cluster, cluster_file
 
     try:
-        cluster.read()
+        cluster_file.read()
     except AxiconError as error:
         yield Finding("broken", "cluster.yaml", str(error), "take the file from the release")
     else:
-        yield Finding("ok", "cluster.yaml", str(cluster.shipped()))
+        yield Finding("ok", "cluster.yaml", str(cluster_file.shipped()))
     if sys.platform.startswith("linux") and cluster.proxy() is None:
         do = "run `make setup`; until then the slower Python proxy serves"
         yield Finding("note", "proxy", "axicon-haproxy is not installed beside Python", do)

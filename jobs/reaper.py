@@ -11,6 +11,7 @@ import contextlib
 import os
 import shutil
 import sys
+import time
 from pathlib import Path
 
 import psutil
@@ -40,6 +41,22 @@ def end(processes: list[psutil.Process], patience_s: float = 3.0) -> None:
         with contextlib.suppress(psutil.Error):
             process.kill()
     psutil.wait_procs(alive, timeout=patience_s)
+
+
+def runs(process: psutil.Process) -> bool:
+    """Whether a process has not ended. One that has, but whose parent has not noticed, does not run."""
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return False
+
+
+def still_running(processes: list[psutil.Process], patience_s: float) -> list[psutil.Process]:
+    """Those of `processes` that have not ended by themselves after a while."""
+    deadline = time.monotonic() + patience_s
+    while (left := [process for process in processes if runs(process)]) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return left
 
 
 def clear(folder: Path, spared: set[int]) -> None:

@@ -6,36 +6,29 @@ memory. Only then is Ray started. The application is named by its import string,
 
 from __future__ import annotations
 
-import contextlib
 import http.client
 import importlib
 import json
 import logging
 import shlex
-import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import psutil
 
 from axicon.errors import AxiconError, RunFailed
 from axicon.recipe import LocalServeRecipe, ServeRecipe
-from jobs import cluster
+from jobs import cluster, cluster_file
 from jobs.address import check_address, reachable
 from jobs.prepare import Preparation
 from jobs.progress import Reporter
+from jobs.stop import Stopped, stop_on_signal
 
 APPLICATION = "generate"
 IMPORT_PATH = "services.app:build"
 POLL_S = 0.2
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-
-
-class Stopped(BaseException):
-    """Someone asked this process to end. Not an Exception, so that no library swallows it."""
 
 
 def run(recipe: LocalServeRecipe, *, say: Callable[[str], None] = print, debug: bool = False) -> None:
@@ -44,7 +37,7 @@ def run(recipe: LocalServeRecipe, *, say: Callable[[str], None] = print, debug: 
     with stop_on_signal() as rearm:
         try:
             check_address(recipe)
-            metadata = cluster.read(recipe.cluster)
+            metadata = cluster_file.read(recipe.cluster).metadata
             reporter.say(f"looking at the model {recipe.model}")
 
             def check_model() -> None:
@@ -67,34 +60,6 @@ def run(recipe: LocalServeRecipe, *, say: Callable[[str], None] = print, debug: 
                 watch()
         except Stopped:
             reporter.say("stopped")
-
-
-@contextlib.contextmanager
-def stop_on_signal() -> Iterator[Callable[[], None]]:
-    """Raise Stopped on the first signal that asks for the end, and on a second one, which hurries it.
-
-    Yields a function that sets the handlers again. They are set even where SIGINT was ignored, as shells have
-    it for a command in the background: whoever sends it means it.
-    """
-    asked = 0
-
-    def handler(number: int, frame: FrameType | None) -> None:
-        nonlocal asked
-        asked += 1
-        if asked <= 2:
-            raise Stopped
-
-    def arm() -> None:
-        for number in SIGNALS:
-            signal.signal(number, handler)
-
-    before = {number: signal.getsignal(number) for number in SIGNALS}
-    arm()
-    try:
-        yield arm
-    finally:
-        for number, old in before.items():
-            signal.signal(number, old)
 
 
 def deploy(recipe: LocalServeRecipe, *, debug: bool = False) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from jobs import cluster, reaper
+from jobs import cluster, cluster_file, reaper
 
 
 def test_free_ports_are_different_and_free() -> None:
@@ -39,7 +39,7 @@ def test_the_folder_is_private_and_its_path_short(tmp_path: Path, monkeypatch: p
 
 def test_socket_paths_fit_even_in_the_longest_folder(tmp_path: Path) -> None:
     folder = Path("/" + "x" * (cluster.LONGEST_BASE - 1)) / "ax-12345678"
-    env = cluster.environment(cluster.read(), folder)
+    env = cluster.environment(cluster_file.read().metadata, folder)
     node = "0" * 56
     for name in ("RAY_SERVE_HAPROXY_SOCKET_PATH", "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH"):
         path = Path(env[name])
@@ -48,7 +48,7 @@ def test_socket_paths_fit_even_in_the_longest_folder(tmp_path: Path) -> None:
 
 
 def test_everything_ray_might_share_is_in_the_folder(tmp_path: Path) -> None:
-    env = cluster.environment(cluster.read(), tmp_path)
+    env = cluster.environment(cluster_file.read().metadata, tmp_path)
     assert env["RAY_TMPDIR"] == str(tmp_path)
     assert env["RAY_AUTH_MODE"] == "token"
     assert Path(env["RAY_AUTH_TOKEN_PATH"]).parent == tmp_path
@@ -129,5 +129,8 @@ def test_the_command_itself_is_spared(tmp_path: Path) -> None:
 def test_ray_imported_too_early_is_a_defect() -> None:
     import ray  # noqa: F401
 
-    with pytest.raises(RuntimeError, match="before ray is imported"), cluster.local_ray(cluster.read()):
+    with (
+        pytest.raises(RuntimeError, match="before ray is imported"),
+        cluster.local_ray(cluster_file.read().metadata),
+    ):
         pass

@@ -14,7 +14,7 @@ import yaml
 
 from axicon.errors import AxiconError
 from axicon.recipe import ServeRecipe
-from jobs import cluster
+from jobs import cluster, cluster_file
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -87,7 +87,7 @@ def test_jobs_are_what_ray_submits_and_what_axicon_has(config: dict[str, Any]) -
 
 
 def test_the_local_cluster_is_read_from_it(config: dict[str, Any], tmp_path: Path) -> None:
-    metadata = cluster.read()
+    metadata = cluster_file.read().metadata
     assert metadata.local.resources == config["metadata"]["local"]["resources"]
     env = cluster.environment(metadata, tmp_path)
     for name, value in (config["metadata"]["env"] | config["metadata"]["local"]["env"]).items():
@@ -99,7 +99,7 @@ def test_the_local_cluster_is_read_from_it(config: dict[str, Any], tmp_path: Pat
 
 
 def test_the_packaged_copy_is_the_file_itself() -> None:
-    assert cluster.shipped().read_bytes() == (ROOT / "cluster.yaml").read_bytes()
+    assert cluster_file.shipped().read_bytes() == (ROOT / "cluster.yaml").read_bytes()
 
 
 @pytest.mark.parametrize(
@@ -118,7 +118,7 @@ def test_a_broken_file_is_one_line(tmp_path: Path, text: str, says: str) -> None
     path = tmp_path / "cluster.yaml"
     path.write_text(text)
     with pytest.raises(AxiconError) as caught:
-        cluster.read(path)
+        cluster_file.read(path)
     assert says in str(caught.value)
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -126,4 +126,4 @@ def test_a_broken_file_is_one_line(tmp_path: Path, text: str, says: str) -> None
 
 def test_a_missing_file_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(AxiconError, match=r"cannot be read \(No such file or directory\)"):
-        cluster.read(tmp_path / "none.yaml")
+        cluster_file.read(tmp_path / "none.yaml")

@@ -9,12 +9,12 @@ from __future__ import annotations
 import sys
 
 from axicon.recipe import ServeRecipe
-from jobs import cluster
+from jobs import cluster, cluster_file
 
 
 def main() -> None:
     port, recipe = int(sys.argv[1]), ServeRecipe.model_validate_json(sys.argv[2])
-    with cluster.local_ray(cluster.read()):
+    with cluster.local_ray(cluster_file.read().metadata):
         from ray import serve
 
         from services.app import build

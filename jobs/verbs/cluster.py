@@ -1,0 +1,62 @@
+"""`axicon up`, `axicon down`."""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+import click
+
+from axicon.recipe import Recipe
+from jobs.command import Verb, axicon
+from jobs.up import DownRecipe, UpRecipe
+
+R = TypeVar("R", bound=Recipe)
+
+
+def read_words(kind: type[R], words: tuple[str, ...], first: str, **options: Any) -> R:
+    """A recipe from perhaps a value for `first`, then key=value words, then options that were given."""
+    values = {name: value for name, value in options.items() if value is not None}
+    if words and "=" not in words[0]:
+        values[first], *rest = words
+        return kind.parse(rest, **values)
+    return kind.parse(words, **values)
+
+
+def words(metavar: str) -> Any:
+    return click.argument("words", nargs=-1, metavar=f"[{metavar}] [KEY=VALUE]...")
+
+
+@axicon.command(cls=Verb.of(UpRecipe))
+@words("CLUSTER.YAML")
+@click.option("--nodes", help="table (default) or local, as nodes=.")
+@click.option("--name", help="A name of its own, as name=.")
+def up(words: tuple[str, ...], nodes: str | None, name: str | None) -> None:
+    """Start the cluster of CLUSTER.YAML on this machine, in the background.
+
+    Every entry of its node table becomes simulated nodes with their resources and labels, `min_workers` of
+    each and at least one. Everything is on loopback, with a token and a folder of its own, and ends with
+    `axicon down`.
+
+    \b
+    Examples:
+      axicon up
+      axicon up cluster.yaml --name mine dashboard_port=8266
+    """
+    from jobs import up as job
+
+    job.run(read_words(UpRecipe, words, "cluster", nodes=nodes, name=name), say=click.echo)
+
+
+@axicon.command(cls=Verb.of(DownRecipe))
+@words("NAME")
+def down(words: tuple[str, ...]) -> None:
+    """End the cluster NAME that `axicon up` started, with everything that runs on it.
+
+    \b
+    Examples:
+      axicon down
+      axicon down mine
+    """
+    from jobs import up as job
+
+    job.down(read_words(DownRecipe, words, "name"), say=click.echo)
