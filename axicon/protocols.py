@@ -79,10 +79,15 @@ class StepInput:
     @staticmethod
     def unpack(packed: Tensor) -> StepInput:
         """Inverse of `pack`. Raises ValueError for another version or a wrong length."""
+        if len(packed) < 6:
+            raise ValueError(f"a StepInput of {len(packed)} numbers, its header alone has 6")
         version, n, *counts = packed[:6].tolist()
         if version != STEP_VERSION:
             known = f"this process speaks {STEP_VERSION}: run one axicon version everywhere"
             raise ValueError(f"StepInput version {version}, {known}")
+        if min(n, *counts) < 0 or counts[3] % 2 or len(packed) != 6 + 7 * n + sum(counts):
+            said = f"its header says {n} nodes and lists of {counts}"
+            raise ValueError(f"a StepInput of {len(packed)} numbers, {said}")
         parts = packed[6:].split([n] * 7 + counts)
         tokens, positions, rows, parents, wanted, adapters, forced = parts[:7]
         commits, releases, evictions, flat = (p.tolist() for p in parts[7:])

@@ -54,10 +54,11 @@ def choose_path(decoder: Decoder, max_rows: int, prefill_chunk: int) -> Numerics
     """Probe every distinct block shape and the head. Takes about a second for a small model."""
     path = NumericsPath(padded(max_rows, TILE_LIMIT), padded(max_rows, TILE_LIMIT), False)
     for merged, most in ((True, max_rows + prefill_chunk), (False, max_rows)):
-        *blocks, head = [
-            _Probe(call, *_rows(decoder, most, width)) for call, width in _row_functions(decoder)
-        ]
-        body_tile, head_tile = _smallest_tile(blocks), _smallest_tile([head])
+        blocks, heads = (
+            [_Probe(call, *_rows(decoder, most, width)) for call, width in functions]
+            for functions in (_block_functions(decoder), _head_functions(decoder))
+        )
+        body_tile, head_tile = _smallest_tile(blocks), _smallest_tile(heads)
         if body_tile and head_tile:
             path = NumericsPath(body_tile, head_tile, merged)
             break
@@ -69,7 +70,7 @@ def choose_path(decoder: Decoder, max_rows: int, prefill_chunk: int) -> Numerics
 def bits(decoder: Decoder) -> str:
     """Digest of what blocks and head compute on fixed rows, to compare thread counts."""
     digest = hashlib.sha256()
-    for call, width in _row_functions(decoder):
+    for call, width in (*_block_functions(decoder), *_head_functions(decoder)):
         x, positions = _rows(decoder, 256, width)
         for count in (1, 8, 64, 256):
             digest.update(call(x[:count].clone(), positions[:count]).view(torch.uint8).numpy().tobytes())
@@ -80,12 +81,16 @@ RowFunction = Callable[[Tensor, Tensor], Tensor]
 """(x (N, width), positions (N,)) -> (N, ...), each row from its own row."""
 
 
-def _row_functions(decoder: Decoder) -> list[tuple[RowFunction, int]]:
-    """Every distinct block shape, then the head, each with its input width."""
-    functions = [
-        (_block_function(decoder, block), block.shape.width_in) for block in _distinct_blocks(decoder)
-    ]
-    return [*functions, (lambda x, _: decoder.head(x), decoder.shape.blocks[-1].width_out)]
+def _block_functions(decoder: Decoder) -> list[tuple[RowFunction, int]]:
+    """Every distinct block shape with its input width."""
+    return [(_block_function(decoder, block), block.shape.width_in) for block in _distinct_blocks(decoder)]
+
+
+def _head_functions(decoder: Decoder) -> list[tuple[RowFunction, int]]:
+    """The head with its input width; none in a stage that does not hold it."""
+    if not decoder.has_head:
+        return []
+    return [(lambda x, _: decoder.head(x), decoder.shape.blocks[-1].width_out)]
 
 
 def _rows(decoder: Decoder, most: int, width: int) -> tuple[Tensor, Tensor]:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -16,6 +17,7 @@ from axicon.errors import AxiconError
 from axicon.generate.attend import StepAttention
 from axicon.generate.numerics import ANY_ROWS, bits, choose_path, padded
 from axicon.generate.spans import Span, committed_paths, native_rows, renumber, split_spans
+from axicon.kernels import native
 from axicon.model.cache import KVCache, size_class
 from axicon.model.decoder import Decoder
 from axicon.model.machine import available_memory
@@ -31,8 +33,21 @@ Kernels = Literal["auto", "torch", "native"]
 """Who computes a step: the decoder in torch, the C++ kernels, or those where they can and torch otherwise."""
 
 
+@dataclass(frozen=True, slots=True)
+class Checked:
+    """A step that keeps the contract, read against the rows as they will be when it is computed."""
+
+    step: StepInput
+    paths: Mapping[int, Sequence[int]]
+    """Row -> offsets of the previous step's nodes that stay."""
+    spans: list[Span]
+
+
 class LocalRunner:
-    """Computes steps with the whole model.
+    """Computes steps with the whole model, or as one stage of it: the blocks that `decoder` holds.
+
+    `forward` is for a whole model. A stage is driven through its three parts, `check`, `apply` and `compute`,
+    by whoever carries the hidden states from stage to stage.
 
     kv_bytes bounds the KV cache; None takes 4 GiB, or a quarter of the memory that is free if that is less.
     Raises AxiconError when that does not hold one short request, or when `kernels` is "native" and they
@@ -68,8 +83,9 @@ class LocalRunner:
             vocab=decoder.shape.vocab, free_chunks=self.native is not None,
         )  # fmt: skip
         self.path = ANY_ROWS if self.native else choose_path(decoder, max_rows, prefill_chunk)
-        self._fingerprint = self._make_fingerprint()
-        self._previous: list[Span] = []
+        self._fingerprint = digest_of(self.describe())
+        self._staged: list[Span] = []
+        """What the last step computed: its nodes lie in the cache and are not committed."""
 
     @property
     def capacity(self) -> Capacity:
@@ -92,6 +108,7 @@ class LocalRunner:
             "model": self._digest,
             "format": self._formats,
             "kernels": self.native.version if self.native else "torch",
+            "sampling": native.version() or "torch",
             "kv": str(self.cache.pool.dtype).removeprefix("torch."),
             "path": str(self.path),
             "prefill_chunk": self._capacity.prefill_chunk,
@@ -120,34 +137,62 @@ class LocalRunner:
         torch.set_num_threads(threads)
         if not self.native:
             self.path = choose_path(self.decoder, self._capacity.max_rows, self._capacity.prefill_chunk)
-        self._fingerprint = self._make_fingerprint()
+        self._fingerprint = digest_of(self.describe())
 
-    def _make_fingerprint(self) -> str:
-        text = json.dumps(self.describe(), sort_keys=True)
-        return f"axicon-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+    def limit(self, slots: int) -> None:
+        """Hold at most this many slots: what the smallest stage of a model in several does."""
+        self._capacity = replace(self._capacity, slots=min(slots, self._capacity.slots))
 
-    @torch.inference_mode()
     def forward(self, step: StepInput) -> StepOutput:
         """Raises ValueError, before anything changes, for a step that breaks the contract of `StepInput`.
 
         A failure while computing leaves the previous step's decisions applied and nothing of this step.
         """
-        paths = committed_paths(self._previous, step.commits)
-        spans = self._spans(step, paths)
-        for row, path in paths.items():
+        checked = self.check(step)
+        self.apply(checked)
+        return StepOutput(self.compute(checked))
+
+    def check(self, step: StepInput) -> Checked:
+        """Raises ValueError for a step that breaks the contract. Changes nothing."""
+        paths = committed_paths(self._staged, step.commits)
+        return Checked(step, paths, self._spans(step, paths))
+
+    @torch.inference_mode()
+    def apply(self, checked: Checked) -> None:
+        """Carry out what the previous step decided, and begin the rows that this one opens."""
+        for row, path in checked.paths.items():
             self.cache.commit(row, path)
-        self._previous = []
-        for row in step.releases:
+        self._staged = []
+        for row in checked.step.releases:
             self.cache.release(row)
-        for row, slots in step.reserves:
+        for row, slots in checked.step.reserves:
             self.cache.open(row, slots)
-        if not spans:
-            return StepOutput(torch.empty(0, self.decoder.shape.vocab))
-        for span in spans:
+
+    @torch.inference_mode()
+    def compute(self, checked: Checked, hidden_ND: Tensor | None = None) -> Tensor:
+        """Compute the nodes of an applied step and stage them.
+
+        A stage behind the first takes the hidden states (N, width_in) of the stage before it. Returns logits
+        (W, V) of the wanted nodes where the model ends, hidden states (N, width_out) of all nodes elsewhere.
+        """
+        if not checked.spans:
+            return self.out(0)
+        for span in checked.spans:
             self.cache.make_room(span.row, len(span))
-        logits_WV = self._compute(step, spans)
-        self._previous = spans
-        return StepOutput(logits_WV)
+        out = self._compute(checked.step, checked.spans, hidden_ND)
+        self._staged = checked.spans
+        return out
+
+    def unstage(self) -> None:
+        """Forget the nodes of the last step, because another stage failed to compute them."""
+        self._staged = []
+
+    def out(self, rows: int) -> Tensor:
+        """Room for what `compute` returns: that many wanted nodes, or nodes where the model does not end."""
+        if self.decoder.has_head:
+            return torch.zeros(rows, self.decoder.shape.vocab)
+        width = self.decoder.shape.blocks[self.decoder.last - 1].width_out
+        return torch.zeros(rows, width, dtype=self.decoder.dtype)
 
     def _spans(self, step: StepInput, paths: Mapping[int, Sequence[int]]) -> list[Span]:
         """The step's spans, checked against the rows as they will be when the spans are computed."""
@@ -165,8 +210,8 @@ class LocalRunner:
                 raise ValueError(f"request row {row} is in use")
             rows[row] = 0
             reserved += size_class(slots)
-        if reserved > self.cache.slots:
-            raise ValueError(f"{reserved} slots reserved, the cache holds {self.cache.slots}")
+        if reserved > self._capacity.slots:
+            raise ValueError(f"{reserved} slots reserved, the cache holds {self._capacity.slots}")
         spans = split_spans(step)
         for span in spans:
             if span.row not in rows:
@@ -174,20 +219,21 @@ class LocalRunner:
             span.check_positions(rows[span.row])
         return spans
 
-    def _compute(self, step: StepInput, spans: list[Span]) -> Tensor:
-        """Logits (W, V) of the wanted nodes in the order of the step."""
+    def _compute(self, step: StepInput, spans: list[Span], hidden_ND: Tensor | None) -> Tensor:
+        """Logits (W, V) or hidden states (N, D), in the order of the step."""
         if self.native:
             caches = [self.cache.rows[span.row] for span in spans]
             return self.native.forward(native_rows(step, spans, caches))
+        x = step.tokens_N if hidden_ND is None else hidden_ND
         passes = self._passes(spans)
         if len(passes) == 1:
-            return self._logits(step.tokens_N, step.positions_N, step.wanted_N, spans)
+            return self._pass(x, step.positions_N, step.wanted_N, spans)
         parts, nodes = [], []
         for group in passes:
             index = torch.cat([torch.arange(span.start, span.stop) for span in group])
             wanted = step.wanted_N[index]
-            parts.append(self._logits(step.tokens_N[index], step.positions_N[index], wanted, renumber(group)))
-            nodes.append(index[wanted])
+            parts.append(self._pass(x[index], step.positions_N[index], wanted, renumber(group)))
+            nodes.append(index[wanted] if self.decoder.has_head else index)
         return torch.cat(parts)[torch.cat(nodes).argsort()]
 
     def _passes(self, spans: list[Span]) -> list[list[Span]]:
@@ -198,19 +244,34 @@ class LocalRunner:
         decode = [span for span in spans if not (span.forced and len(span) > 1)]
         return [decode, *chunks] if decode else chunks
 
-    def _logits(self, tokens_N: Tensor, positions_N: Tensor, wanted_N: Tensor, spans: list[Span]) -> Tensor:
-        """One pass: blocks over rows padded to the body's tile, head over wanted rows padded to its own."""
-        nodes = len(tokens_N)
+    def _pass(self, x: Tensor, positions_N: Tensor, wanted_N: Tensor, spans: list[Span]) -> Tensor:
+        """Blocks over rows padded to the body's tile; where the model ends, the head over wanted rows padded
+        to its own. `x` holds token ids (N,) or hidden states (N, D).
+        """
+        nodes = len(x)
         alone = not self.path.merged and spans[0].forced and nodes > 1
         extra = 0 if alone else padded(nodes, self.path.body_tile) - nodes
         attend = StepAttention(spans, [self.cache.rows[span.row] for span in spans], self.decoder.first)
-        x_ND = self.decoder(pad(tokens_N, (0, extra)), pad(positions_N, (0, extra)), attend)
-        x_WD = x_ND[:nodes][wanted_N]
-        wanted = len(x_WD)
+        y_ND = self.decoder(_more_rows(x, extra), pad(positions_N, (0, extra)), attend)[:nodes]
+        if not self.decoder.has_head:
+            return y_ND
+        y_WD = y_ND[wanted_N]
+        wanted = len(y_WD)
         if wanted == 0:
             return torch.empty(0, self.decoder.shape.vocab)
         extra = 0 if alone else padded(wanted, self.path.head_tile) - wanted
-        return self.decoder.head(pad(x_WD, (0, 0, 0, extra)))[:wanted]
+        return self.decoder.head(_more_rows(y_WD, extra))[:wanted]
+
+
+def digest_of(facts: Mapping[str, object]) -> str:
+    """The `system_fingerprint` of what `Runner.describe` tells."""
+    text = json.dumps(facts, sort_keys=True)
+    return f"axicon-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+
+
+def _more_rows(x: Tensor, extra: int) -> Tensor:
+    """`extra` rows of zeros behind x (N, ...)."""
+    return pad(x, (0, 0) * (x.dim() - 1) + (0, extra))
 
 
 def _native(decoder: Decoder, kernels: Kernels) -> NativeDecoder | None:
