@@ -11,12 +11,14 @@ from __future__ import annotations
 import itertools
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from axicon.errors import AxiconError
+from axicon.evaluate.answered import Answered
 from axicon.evaluate.packed import LanguageModel, hidden_states
 from axicon.evaluate.perplexity import HEAD_ROWS
 from axicon.generate.request import Delta, Overloaded, Request, RequestError, SamplingParams
@@ -59,7 +61,7 @@ class AxiconLM(TemplateLM):
 
     `max_length` is the longest input in tokens, usually the model's `max_positions`. `seed` is that of
     sampled generation; request number i of a call uses seed + i. Without `make_engine` generating tasks are
-    refused.
+    refused. What is in `answered` is not computed again.
     """
 
     def __init__(
@@ -72,6 +74,7 @@ class AxiconLM(TemplateLM):
         batch_tokens: int = BATCH_TOKENS,
         seed: int = 1234,
         progress: Progress | None = None,
+        answered: Answered | None = None,
     ) -> None:
         super().__init__()
         self.decoder = decoder
@@ -81,6 +84,7 @@ class AxiconLM(TemplateLM):
         self.engine: GenerationEngine | None = None
         self.batch_tokens = batch_tokens
         self.seed = seed
+        self.answered = answered or Answered()
         self._progress = progress or (lambda what, done, total: None)
 
     # What lm-eval asks a model about itself
@@ -153,8 +157,7 @@ class AxiconLM(TemplateLM):
             self._request(number, request.args[0], wanted)
             for number, (request, wanted) in enumerate(zip(requests, settings, strict=True))
         ]
-        longest_first = sorted(asked, key=lambda request: -len(request.prompt))
-        texts = self._continue(self.engine, longest_first)
+        texts = self._continuations(asked)
         answers = []
         for request, one, wanted in zip(requests, asked, settings, strict=True):
             text = postprocess_generated_text(texts[one.id], stop=self._stops(wanted), think_end_token=None)
@@ -186,7 +189,7 @@ class AxiconLM(TemplateLM):
             numbers = [sharing[tokens] for tokens in batch]
             targets = [[requests[number][2] for number in group] for group in numbers]
             flat = (number for group in numbers for number in group)
-            for number, score in zip(flat, self._score(batch, targets), strict=True):
+            for number, score in zip(flat, self._scores(batch, targets), strict=True):
                 scores[number] = score
                 key = requests[number][0]
                 if isinstance(key, tuple):
@@ -194,6 +197,15 @@ class AxiconLM(TemplateLM):
                 done += 1
             self._progress("scoring", done, len(requests))
         return [score for score in scores if score is not None]
+
+    def _scores(self, inputs: Sequence[Text], targets: Sequence[Sequence[list[int]]]) -> list[Scored]:
+        """As `_score`, unless this very pass was made before."""
+        key = self.answered.key("scores", [inputs, targets])
+        known = self.answered.get(key)
+        if known is None:
+            known = list(self._score(inputs, targets))
+            self.answered.put(key, known)
+        return [(float(logprob), bool(greedy)) for logprob, greedy in known]
 
     def _score(self, inputs: Sequence[Text], targets: Sequence[Sequence[list[int]]]) -> Iterator[Scored]:
         """Scores of all `targets` of all inputs, in order. The last n rows predict a target of n."""
@@ -242,6 +254,19 @@ class AxiconLM(TemplateLM):
         )
         prompt = self.tok_encode(context) or [self.prefix_token_id]
         return Request(id=f"eval-{number}", prompt=prompt[-room:], params=params)
+
+    def _continuations(self, requests: Sequence[Request]) -> dict[str, str]:
+        """Texts by request id. All or nothing is taken up from an earlier run: whether rows that go through
+        the engine in other company keep their bits depends on the numbers computed in."""
+        assert self.engine is not None
+        asked = [[request.id, list(request.prompt), asdict(request.params)] for request in requests]
+        key = self.answered.key("texts", asked)
+        known = self.answered.get(key)
+        if known is None:
+            longest_first = sorted(requests, key=lambda request: -len(request.prompt))
+            known = self._continue(self.engine, longest_first)
+            self.answered.put(key, known)
+        return {str(name): str(text) for name, text in known.items()}
 
     def _continue(self, engine: GenerationEngine, requests: Sequence[Request]) -> dict[str, str]:
         texts = {request.id: "" for request in requests}

@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from axicon.errors import AxiconError
+from axicon.evaluate.answered import Answered
 from axicon.evaluate.packed import LanguageModel, hidden_states
 
 PROTOCOL = "gptq"
@@ -66,25 +67,33 @@ def perplexity(
     windows: int | None = None,
     batch: int = 1,
     progress: Progress | None = None,
+    answered: Answered | None = None,
 ) -> Perplexity:
     """Perplexity of `model` on `text` (see `axicon.data.join_rows`).
 
     `windows` takes the first so many windows instead of all. `batch` windows go through the model at once; it
-    changes speed and memory, not the result. Raises AxiconError when the text has fewer windows than asked
+    changes speed and memory, not the result. What is in `answered` is not computed again. Raises AxiconError when the text has fewer windows than asked
     for, when the model is too short for the window, and when a loss is not finite.
     """
     _check_settings(model, window, windows, batch)
     tokens_T = tokenise(tokenizer, text)
     windows_WT = cut_windows(tokens_T, window, windows)
+    answered = answered or Answered()
     losses: list[float] = []
     for first in range(0, len(windows_WT), batch):
-        for loss in window_losses(model, windows_WT[first : first + batch]):
+        windows_BT = windows_WT[first : first + batch]
+        key = answered.key("losses", windows_BT.tolist())
+        done = answered.get(key)
+        if done is None:
+            done = list(window_losses(model, windows_BT))
+        for loss in done:
             if not math.isfinite(loss):
                 raise AxiconError(
                     f"the loss of window {len(losses)} is {loss}: weights or activations overflow; "
                     "try dtype=float32"
                 )
             losses.append(loss)
+        answered.put(key, done)
         if progress is not None:
             progress(len(losses), len(windows_WT), _exp(math.fsum(losses) / len(losses)))
     nll = math.fsum(losses) / len(losses)
