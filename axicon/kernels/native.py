@@ -109,7 +109,7 @@ def library() -> Library:
         "axicon_seconds": (P, P),
         "axicon_step": (P, P, P),
         "axicon_softmax": (P, P, I32, I32, P, P, I32),
-        "axicon_largest": (P, I32, I32, I32, P, P, I32),
+        "axicon_truncate": (P, I32, I32, P, I32),
         "axicon_draw": (P, P, I32, I32, c.c_int64, P, P, I32),
     }.items():
         getattr(lib, name).argtypes = arguments

@@ -7,12 +7,19 @@ torch reference, which runs where the C++ kernels do not. Either way a row's res
 
 from __future__ import annotations
 
+import operator
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
+from itertools import accumulate
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from axicon.kernels import native
+
+WIDTHS = (64, 1024)
+"""Candidates the torch reference of truncation looks at first and second; a row that needs more is sorted."""
 
 _MASK = (1 << 64) - 1
 GOLDEN, _MIX1, _MIX2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
@@ -46,19 +53,67 @@ def softmax_torch(logits: Sequence[Tensor], temperatures: Sequence[float]) -> tu
     return torch.stack(probs), good
 
 
-def largest(probs_RV: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    """The `width` <= V largest probabilities of each row, best first, (R, width), and their int64 ids."""
+class Truncation(NamedTuple):
+    """What one row keeps. Each setting is a lowest probability that may stay, so entries of equal probability
+    stay or go together; top-p counts the mass that top-k left, min-p compares with the best.
+    """
+
+    top_k: int
+    """0: all."""
+    top_p: float
+    min_p: float
+
+
+def truncate(probs_RV: Tensor, settings: Sequence[Truncation]) -> None:
+    """In place: what a row does not keep becomes 0, and the rest sums to 1 again."""
     if not _on_cpu(probs_RV):
-        values_RW, ids_RW = probs_RV.topk(width)
-        return values_RW, ids_RW
-    probs_RV = probs_RV.contiguous()
+        return truncate_torch(probs_RV, settings)
+    settings_R3 = torch.tensor(settings, dtype=torch.float64)
     rows, vocab = probs_RV.shape
-    values_RW, ids_RW = torch.empty(rows, width), torch.empty(rows, width, dtype=torch.int64)
-    native.library().axicon_largest(
-        probs_RV.data_ptr(), rows, vocab, width, values_RW.data_ptr(), ids_RW.data_ptr(),
-        torch.get_num_threads(),
-    )  # fmt: skip
-    return values_RW, ids_RW
+    assert probs_RV.is_contiguous()
+    native.library().axicon_truncate(
+        probs_RV.data_ptr(), rows, vocab, settings_R3.data_ptr(), torch.get_num_threads()
+    )
+
+
+def truncate_torch(probs_RV: Tensor, settings: Sequence[Truncation]) -> None:
+    """The reference of `truncate`."""
+    for probs_V, one in zip(probs_RV, settings, strict=True):
+        values_W, least = probs_V, 0.0
+        for width in (*(w for w in WIDTHS if w < len(probs_V)), len(probs_V)):
+            values_W = probs_V.topk(width).values
+            values = values_W.tolist()
+            count = _kept(values, one, complete=width == len(probs_V))
+            if count is not None:
+                least = values[count - 1]
+                break
+        probs_V.masked_fill_(probs_V < least, 0.0).div_(sum(values[:count]))
+
+
+def _kept(values: Sequence[float], one: Truncation, complete: bool) -> int | None:
+    """How many of these probabilities, best first, stay. None if that depends on those behind them."""
+    count, whole = len(values), 1.0
+    if one.top_k:
+        if one.top_k < count:
+            count = _with_ties(values, one.top_k)
+        if count == len(values) and not complete and one.top_p < 1.0:
+            return None
+    if one.top_p < 1.0:
+        mass = list(accumulate(values[:count]))
+        if one.top_k:
+            whole = mass[-1]
+        count = min(count, _with_ties(values, bisect_left(mass, one.top_p * whole) + 1))
+    if one.min_p > 0.0:
+        least = one.min_p * values[0]
+        count = min(count, bisect_right(values, -least, key=operator.neg))
+    return None if count == len(values) and not complete else count
+
+
+def _with_ties(values: Sequence[float], count: int) -> int:
+    """`count`, and those behind that equal the last of them."""
+    while 0 < count < len(values) and values[count] == values[count - 1]:
+        count += 1
+    return min(count, len(values))
 
 
 def draw(probs_RC: Tensor, ids_RC: Tensor, keys: Sequence[int]) -> Tensor:
@@ -84,6 +139,8 @@ def draw_torch(probs_RC: Tensor, ids_RC: Tensor, keys: Sequence[int]) -> Tensor:
     """The reference of `draw`. Row by row: its arithmetic cannot depend on the batch."""
     tokens = []
     for probs_C, ids_C, key in zip(probs_RC, ids_RC, keys, strict=True):
+        kept = probs_C.nonzero().flatten()
+        probs_C, ids_C = probs_C[kept], ids_C[kept]
         arrivals = exponentials(key, ids_C).div_(probs_C)
         tokens.append(ids_C[arrivals == arrivals.amin()].amin())
     return torch.stack(tokens)

@@ -14,8 +14,7 @@ from axicon.generate.sampling import SAMPLERS
 from axicon.generate.sampling.gumbel import GumbelMax, stream_key
 from axicon.generate.sampling.processors import LogitProcessor
 from axicon.generate.sampling.sample import Row, logprobs, sample
-from axicon.generate.sampling.truncation import truncate
-from axicon.kernels.sampling import exponentials, splitmix
+from axicon.kernels.sampling import Truncation, exponentials, splitmix, truncate, truncate_torch
 from axicon.protocols import Draw
 
 VOCAB = 3000
@@ -151,15 +150,13 @@ def reference_truncate(probs, top_k, top_p, min_p):
 )
 def test_truncation_equals_a_full_sort(seed, scale, steps, top_k, top_p, min_p):
     probs = torch.softmax(logits(vocab=VOCAB, seed=seed, scale=scale, steps=steps), -1)
-    params = SamplingParams(top_k=top_k, top_p=top_p, min_p=min_p)
-    others = [SamplingParams(top_k=3), SamplingParams(top_p=0.9)]
-    values_RC, ids_RC = truncate(probs.expand(3, -1), [others[0], params, others[1]])
-    kept = values_RC[1] > 0
-    values, ids = values_RC[1][kept], ids_RC[1][kept]
-    want = reference_truncate(probs[0].double().tolist(), top_k, top_p, min_p)
-    assert set(ids.tolist()) == want
-    assert len(ids) == len(want)
-    torch.testing.assert_close(values, probs[0, ids] / probs[0, ids].sum(), rtol=1e-5, atol=0)
+    mine = Truncation(top_k, top_p, min_p)
+    for cut in (truncate, truncate_torch):
+        kept_RV = probs.repeat(3, 1)
+        cut(kept_RV, [Truncation(3, 1.0, 0.0), mine, Truncation(0, 0.9, 0.0)])
+        ids = kept_RV[1].nonzero().flatten()
+        assert set(ids.tolist()) == reference_truncate(probs[0].double().tolist(), top_k, top_p, min_p)
+        torch.testing.assert_close(kept_RV[1, ids], probs[0, ids] / probs[0, ids].sum(), rtol=1e-5, atol=0)
 
 
 def reference_process(x, prompt, output, params, banned):

@@ -45,18 +45,21 @@ def test_bad_rows_are_named(bad, place):
 
 
 @pytest.mark.parametrize("vocab", SIZES)
-@pytest.mark.parametrize("width", [1, 64, 1024])
+@pytest.mark.parametrize(
+    "settings", [(0, 0.9, 0.0), (40, 1.0, 0.0), (900, 0.8, 0.0), (0, 1.0, 0.1), (60, 0.99, 0.01)]
+)
 @pytest.mark.parametrize("steps", [None, 4])
-def test_largest_equals_a_sort(vocab, width, steps):
-    """`steps` makes equal entries, of which the lower id comes first."""
-    x_RV = logits(3, vocab).abs()
+def test_truncation_equals_the_reference(vocab, settings, steps):
+    """`steps` makes equal entries, which stay or go together."""
+    x_RV = logits(3, vocab, scale=0.5 if vocab == 49152 else 3.0)
     if steps:
         x_RV = (x_RV * steps).round() / steps
-    width = min(width, vocab)
-    values, ids = sampling.largest(x_RV, width)
-    want_values, want_ids = x_RV.sort(dim=1, descending=True, stable=True)
-    assert torch.equal(values, want_values[:, :width])
-    assert torch.equal(ids, want_ids[:, :width])
+    got, _ = sampling.softmax(list(x_RV), [1.0] * 3)
+    want = got.clone()
+    sampling.truncate(got, [sampling.Truncation(*settings)] * 3)
+    sampling.truncate_torch(want, [sampling.Truncation(*settings)] * 3)
+    assert torch.equal(got > 0, want > 0)
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("count", SIZES)

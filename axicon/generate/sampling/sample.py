@@ -10,10 +10,10 @@ from torch import Tensor
 
 from axicon.generate.request import SamplingParams, TokenLogprob
 from axicon.generate.sampling.processors import LogitProcessor
-from axicon.generate.sampling.truncation import truncate, truncates
-from axicon.kernels.sampling import softmax
+from axicon.kernels.sampling import Truncation, softmax, truncate
 from axicon.protocols import Draw, Sampler
 
+EVERYTHING = Truncation(top_k=0, top_p=1.0, min_p=0.0)
 UNLIKELY = -9999.0
 """Log-probability reported for what cannot be, as minus infinity has no place in JSON."""
 
@@ -47,7 +47,7 @@ def sample(logits_RV: Tensor, rows: Sequence[Row], sampler: Sampler) -> list[int
         elif logits_V.amax().isfinite():
             tokens[i] = int(logits_V.argmax())
     for truncated in (False, True):
-        group = [i for i in drawn if truncates(rows[i].params) == truncated]
+        group = [i for i in drawn if (_truncation(rows[i].params) != EVERYTHING) == truncated]
         if group:
             _draw({i: drawn[i] for i in group}, rows, truncated, sampler, tokens)
     return tokens
@@ -58,19 +58,22 @@ def _draw(
     tokens: list[int | None],
 ) -> None:  # fmt: skip
     """Fill in the tokens of rows that all truncate, or none of which does, from their logits."""
-    probs_RC, good_R = softmax(list(drawn.values()), [rows[i].params.temperature for i in drawn])
+    probs_RV, good_R = softmax(list(drawn.values()), [rows[i].params.temperature for i in drawn])
     index = [i for i, good in zip(drawn, good_R, strict=True) if good]
     if not index:
         return
     if len(index) < len(drawn):
-        probs_RC = probs_RC[torch.tensor(good_R)]
+        probs_RV = probs_RV[torch.tensor(good_R)]
     if truncated:
-        probs_RC, ids_RC = truncate(probs_RC, [rows[i].params for i in index])
-    else:
-        ids_RC = torch.arange(probs_RC.shape[1]).expand(probs_RC.shape)
-    chosen = sampler.choose(probs_RC, ids_RC, [rows[i].draw for i in index])
+        truncate(probs_RV, [_truncation(rows[i].params) for i in index])
+    ids_RV = torch.arange(probs_RV.shape[1]).expand(probs_RV.shape)
+    chosen = sampler.choose(probs_RV, ids_RV, [rows[i].draw for i in index])
     for i, token in zip(index, chosen.tolist(), strict=True):
         tokens[i] = token
+
+
+def _truncation(params: SamplingParams) -> Truncation:
+    return Truncation(params.top_k, params.top_p, params.min_p)
 
 
 @torch.inference_mode()

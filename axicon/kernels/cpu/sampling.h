@@ -41,31 +41,93 @@ inline bool probabilities(const float* logits, int vocab, float temperature, flo
     return true;
 }
 
-// The `width` largest, best first and the lower id first among equals. As many groups as `width` have a peak of at
-// least the width-th largest peak, so at least that many entries lie at or above it, and nothing below it is wanted.
-inline void largest(const float* probs, int vocab, int width, float* values, int64_t* ids) {
-    const int size = vocab / 64 > 4 * width ? 64 : 16, groups = (vocab + size - 1) / size;
-    std::vector<float> peaks(groups);
-    for (int g = 0; g < groups; ++g) {
-        __m512 peak = _mm512_setzero_ps();
-        for (int i = g * size; i < std::min((g + 1) * size, vocab); i += LANES)
-            peak = _mm512_max_ps(peak, _mm512_maskz_loadu_ps(lanes(i, vocab), probs + i));
-        peaks[g] = _mm512_reduce_max_ps(peak);
+// Values of a row, the largest first, sorted only as far as they are asked for.
+class Descending {
+  public:
+    // Entries of at least `least`, which is above 0.
+    Descending(const float* probs, int vocab, float least) {
+        static thread_local std::vector<float> room;
+        if (int(room.size()) < vocab + LANES) room.resize(vocab + LANES);
+        values = room.data();
+        for (int i = 0; i < vocab; i += LANES) {
+            const __m512 p = _mm512_maskz_loadu_ps(lanes(i, vocab), probs + i);
+            const __mmask16 in = _mm512_cmp_ps_mask(p, _mm512_set1_ps(least), _CMP_GE_OQ);
+            _mm512_storeu_ps(values + count, _mm512_maskz_compress_ps(in, p));
+            count += __builtin_popcount(in);
+        }
     }
-    float least = 0.0f;
-    if (groups > width) {
-        std::vector<float> order(peaks);
-        std::nth_element(order.begin(), order.begin() + (width - 1), order.end(), std::greater<>());
-        least = order[width - 1];
+    int size() const { return count; }
+    float operator[](int i) {
+        while (i >= sorted) {
+            float *from = values + sorted, *to = from + std::min(std::max(64, 2 * sorted), count - sorted), *end = values + count;
+            if (to != end) std::nth_element(from, to, end, std::greater<>());
+            std::sort(from, to, std::greater<>());
+            sorted = int(to - values);
+        }
+        return values[i];
     }
-    std::vector<std::pair<float, int>> found;
-    for (int g = 0; g < groups; ++g)
-        if (peaks[g] >= least)
-            for (int i = g * size; i < std::min((g + 1) * size, vocab); ++i)
-                if (probs[i] >= least) found.emplace_back(-probs[i], i);
-    std::nth_element(found.begin(), found.begin() + (width - 1), found.end());
-    std::sort(found.begin(), found.begin() + width);
-    for (int i = 0; i < width; ++i) values[i] = -found[i].first, ids[i] = found[i].second;
+
+  private:
+    float* values;
+    int count = 0, sorted = 0;
+};
+
+inline float most(const float* probs, int vocab) {
+    __m512 best = _mm512_setzero_ps();
+    for (int i = 0; i < vocab; i += LANES) best = _mm512_max_ps(best, _mm512_maskz_loadu_ps(lanes(i, vocab), probs + i));
+    return _mm512_reduce_max_ps(best);
+}
+
+// The sum of entries of at least `least`.
+inline double mass_from(const float* probs, int vocab, float least) {
+    __m512d sums[2] = {_mm512_setzero_pd(), _mm512_setzero_pd()};
+    for (int i = 0; i < vocab; i += LANES) {
+        const __m512 p = _mm512_maskz_loadu_ps(lanes(i, vocab), probs + i);
+        const __m512 kept = _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(p, _mm512_set1_ps(least), _CMP_GE_OQ), p);
+        sums[0] = _mm512_add_pd(sums[0], _mm512_cvtps_pd(_mm512_castps512_ps256(kept)));
+        sums[1] = _mm512_add_pd(sums[1], _mm512_cvtps_pd(_mm512_extractf32x8_ps(kept, 1)));
+    }
+    return _mm512_reduce_add_pd(_mm512_add_pd(sums[0], sums[1]));
+}
+
+// What top-k (0: all), top-p and min-p leave of probs (V), in place: what is out is 0, the rest sums to 1. Each of the
+// three is a lowest probability that stays, so entries of equal probability stay or go together.
+inline void truncate(float* probs, int vocab, int top_k, double top_p, double min_p) {
+    constexpr float smallest = std::numeric_limits<float>::min();
+    float least = smallest;
+    if (min_p > 0) {
+        // As a float, the least number that is not below the product.
+        const double bound = min_p * double(most(probs, vocab));
+        const float near = float(bound);
+        least = std::max(least, near < bound ? std::nextafterf(near, 2.0f) : near);
+    }
+    double whole = 1.0;
+    if (top_k > 0 && top_k < vocab) {
+        Descending order(probs, vocab, smallest);
+        const float last = top_k < order.size() ? order[top_k - 1] : smallest;
+        if (top_p < 1.0) whole = mass_from(probs, vocab, last);
+        least = std::max(least, last);
+    }
+    if (top_p < 1.0) {
+        // All entries below (1 - top_p) / V together are too few to be reached; half of it leaves room for rounding.
+        const float low = top_k > 0 ? smallest : float(0.5 * (1.0 - top_p) / vocab);
+        Descending order(probs, vocab, std::max(low, smallest));
+        double mass = 0.0;
+        for (int i = 0; i < order.size(); ++i) {
+            mass += double(order[i]);
+            if (mass >= top_p * whole) {
+                least = std::max(least, order[i]);
+                break;
+            }
+        }
+    }
+    const double mass = mass_from(probs, vocab, least);
+    const __m512 share = _mm512_set1_ps(float(1.0 / mass)), bound = _mm512_set1_ps(least);
+    for (int i = 0; i < vocab; i += LANES) {
+        const __m512 p = _mm512_maskz_loadu_ps(lanes(i, vocab), probs + i);
+        _mm512_mask_storeu_ps(probs + i, lanes(i, vocab),
+                              _mm512_maskz_mul_ps(_mm512_cmp_ps_mask(p, bound, _CMP_GE_OQ), p, share));
+    }
 }
 
 inline uint64_t splitmix(uint64_t n) {
@@ -83,6 +145,9 @@ inline int64_t first_arrival(const float* probs, const int64_t* ids, int count, 
     const __m512i golden = _mm512_set1_epi64(GOLDEN), start = _mm512_set1_epi64(key + GOLDEN);
     for (int i = 0; i < count; i += 8) {
         const __mmask8 here = count - i >= 8 ? 0xff : (1u << (count - i)) - 1;
+        const __m256 p = _mm256_maskz_loadu_ps(here, probs + i);
+        const __mmask8 in = _mm256_cmp_ps_mask(p, _mm256_setzero_ps(), _CMP_GT_OQ);
+        if (!in) continue;
         __m512i z = _mm512_maskz_loadu_epi64(here, ids + i);
         z = _mm512_add_epi64(_mm512_mullo_epi64(z, golden), start);
         z = _mm512_mullo_epi64(_mm512_xor_si512(z, _mm512_srli_epi64(z, 30)), _mm512_set1_epi64(0xBF58476D1CE4E5B9u));
@@ -90,10 +155,9 @@ inline int64_t first_arrival(const float* probs, const int64_t* ids, int count, 
         z = _mm512_xor_si512(z, _mm512_srli_epi64(z, 31));
         const __m256 v = _mm256_mul_ps(_mm256_add_ps(_mm512_cvtepu64_ps(_mm512_srli_epi64(z, 12)), _mm256_set1_ps(0.5f)),
                                        _mm256_set1_ps(0x1p-52f));
-        const __m256 p = _mm256_maskz_loadu_ps(here, probs + i);
         // A little more than the best, so that rounding excludes nobody.
         const __m256 bound = _mm256_mul_ps(p, _mm256_set1_ps(best * (1.0f + 0x1p-20f)));
-        unsigned near = here & _mm256_cmp_ps_mask(v, bound, _CMP_NGT_UQ) & _mm256_cmp_ps_mask(p, _mm256_setzero_ps(), _CMP_GT_OQ);
+        unsigned near = in & _mm256_cmp_ps_mask(v, bound, _CMP_NGT_UQ);
         alignas(32) float vs[8];
         if (near) _mm256_store_ps(vs, v);
         for (; near; near &= near - 1) {

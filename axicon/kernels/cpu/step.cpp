@@ -343,11 +343,13 @@ void axicon_softmax(const float* const* logits, const float* temperatures, int r
         good[r] = axicon::probabilities(logits[r], vocab, temperatures[r], probs + size_t(r) * vocab);
 }
 
-// The `width` <= V largest of every row of probs (R, V); values and ids (R, width).
-void axicon_largest(const float* probs, int rows, int vocab, int width, float* values, int64_t* ids, int threads) {
+// In place; settings (R, 3): top-k, top-p, min-p.
+void axicon_truncate(float* probs, int rows, int vocab, const double* settings, int threads) {
 #pragma omp parallel for schedule(dynamic) num_threads(std::min(threads, rows))
-    for (int r = 0; r < rows; ++r)
-        axicon::largest(probs + size_t(r) * vocab, vocab, width, values + size_t(r) * width, ids + size_t(r) * width);
+    for (int r = 0; r < rows; ++r) {
+        const double* s = settings + size_t(r) * 3;
+        axicon::truncate(probs + size_t(r) * vocab, vocab, int(s[0]), s[1], s[2]);
+    }
 }
 
 // One draw per row of probs (R, C) and ids (R, C), whose rows lie `stride` apart (0: all rows have the same ids).
