@@ -1,0 +1,105 @@
+"""`manifest.json` of a model directory, as its readers see it: where a model came from."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from axicon.errors import AxiconError
+from axicon.model import safety
+from axicon.model.artefact import FORMAT_VERSION
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="ignore", protected_namespaces=())
+
+
+class Link(_Part):
+    """One method that was applied, with all its settings."""
+
+    method: str
+    settings: dict[str, Any] = {}
+    axicon: str = ""
+    """Version that applied it."""
+
+    def __str__(self) -> str:
+        """The method and those settings that differ from its defaults (all, for a method not known here)."""
+        from axicon.compress import COMPRESSORS
+
+        cls = COMPRESSORS.get(self.method)
+        defaults = {
+            field.name: field.default
+            for field in (dataclasses.fields(cls) if cls else ())  # type: ignore[arg-type]
+        }
+        changed = [
+            f"{key}={_short(value)}"
+            for key, value in self.settings.items()
+            if key not in defaults or _plain(defaults[key]) != _plain(value)
+        ]
+        return " ".join([self.method, *changed])
+
+
+class Parent(_Part):
+    name: str
+    sha256: str
+    """Of a file, or of config and weights of a directory (`axicon.model.checkpoint.digest`)."""
+    source: str
+    """What was typed or found: `demo`, a directory, a GGUF file, or an id of the hub."""
+
+
+class Stored(_Part):
+    bytes: int
+    sha256: str
+
+
+class Manifest(_Part):
+    name: str = ""
+    chain: tuple[Link, ...] = ()
+    """Methods in the order in which they were applied; empty for a dense model."""
+    parents: tuple[Parent, ...] = ()
+    files: dict[str, Stored] = Field(default_factory=dict)
+
+    @classmethod
+    def read(cls, folder: Path) -> Self | None:
+        """The manifest of a model directory; None without one.
+
+        Raises AxiconError for one that cannot be read and for one of a newer axicon.
+        """
+        path = folder / "manifest.json"
+        if not path.exists():
+            return None
+        content = safety.read_json(path)
+        version = content.get("format_version")
+        if version != FORMAT_VERSION:
+            raise AxiconError(
+                f"{path}: format version {version!r}, this axicon reads {FORMAT_VERSION}; update axicon"
+            )
+        # The first conversions name their GGUF file in `source` only, without its folder.
+        source = content.get("source")
+        if not content.get("parents") and isinstance(source, dict) and source.get("format") == "gguf":
+            file = str(source.get("file"))
+            content["parents"] = [{"name": file, "sha256": str(source.get("sha256")), "source": file}]
+        try:
+            return cls.model_validate(content)
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            where = ".".join(str(part) for part in first["loc"])
+            raise AxiconError(
+                f"{path}: {where}: {first['msg'].lower()}; it was not written by axicon, or was changed"
+            ) from None
+
+    def method_chain(self) -> str:
+        """`dense`, or the methods with what is not a default, in order."""
+        return ", then ".join(map(str, self.chain)) or "dense"
+
+
+def _plain(value: Any) -> Any:
+    """As JSON would have it."""
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _short(value: Any) -> str:
+    return ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
