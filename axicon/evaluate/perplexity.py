@@ -72,8 +72,9 @@ def perplexity(
     """Perplexity of `model` on `text` (see `axicon.data.join_rows`).
 
     `windows` takes the first so many windows instead of all. `batch` windows go through the model at once; it
-    changes speed and memory, not the result. What is in `answered` is not computed again. Raises AxiconError when the text has fewer windows than asked
-    for, when the model is too short for the window, and when a loss is not finite.
+    changes speed and memory, not the result. What is in `answered` is not computed again. Raises AxiconError
+    when the text has fewer windows than asked for, when the model is too short for the window, and when a
+    loss is not finite.
     """
     _check_settings(model, window, windows, batch)
     tokens_T = tokenise(tokenizer, text)
