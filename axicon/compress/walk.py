@@ -1,8 +1,12 @@
-"""The walk of a compressor over a model, in memory: begin, every block in order, finish."""
+"""The walk of a compressor over a model: begin, every block in order, finish.
+
+The model comes in parts, each a decoder of its own over some of the blocks: the whole of it in memory, or one
+block after the other from disk, where no more than the part at hand is in memory.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,17 +17,34 @@ from axicon.protocols import Compressor
 
 
 @torch.no_grad()
-def compress(compressor: Compressor, model: Decoder, inputs: Sequence[Tensor] = ()) -> Decoder:
-    """Compress `model` in place and return it. `inputs` are the hidden states (B, T, D) before the first
-    block.
+def walk(
+    compressor: Compressor,
+    parts: Iterable[Decoder],
+    inputs: Sequence[Tensor] = (),
+    keep: Callable[[Decoder], None] = lambda part: None,
+) -> None:
+    """Compress in place the parts of one model, in order, and hand each to `keep` when it is done.
+
+    `inputs` are the hidden states (B, T, D) before the first block. No reference to a part is held when the
+    next one is asked for.
     """
     if compressor.needs_inputs and not inputs:
         raise ValueError(f"{type(compressor).__name__} needs calibration inputs")
-    compressor.begin(model)
-    for block in model.blocks:
-        assert isinstance(block, Block)
-        inputs = compressor.block(block, inputs)
-    compressor.finish(model)
+    for part in parts:
+        if part.has_embedding:
+            compressor.begin(part)
+        for block in part.blocks:
+            assert isinstance(block, Block)
+            inputs = compressor.block(block, inputs)
+        if part.has_head:
+            compressor.finish(part)
+        keep(part)
+        block = part = None  # type: ignore[assignment]
+
+
+def compress(compressor: Compressor, model: Decoder, inputs: Sequence[Tensor] = ()) -> Decoder:
+    """Compress a whole `model` in place and return it; see `walk`."""
+    walk(compressor, [model], inputs)
     return model
 
 

@@ -2,30 +2,30 @@
 
 `atomic_directory` is the only writer of artefacts: a temporary directory beside the target, every file and
 the directory synced to disk, one rename. A process killed at any point leaves at most a hidden temporary
-directory, which the next writer of the same target removes.
+directory, which the next writer of the same target removes. All bytes of an artefact pass through
+`write_all`.
 """
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
-
-from torch import Tensor
 
 from axicon.errors import AxiconError
 
 FORMAT_VERSION = 1
 """Version of `manifest.json` and of the directory around it."""
 
-SHARD_BYTES = 2 << 30
+MANIFEST, REPORT = "manifest.json", "report.json"
 
 
 def reached(point: str) -> None:
@@ -47,6 +47,7 @@ def atomic_directory(target: Path) -> Iterator[Path]:
         temporary.mkdir()
     except OSError as e:
         raise AxiconError(f"cannot write in {target.parent}: {e.strerror}; choose a writable place") from e
+    renamed = False
     try:
         yield temporary
         reached("written")
@@ -55,10 +56,18 @@ def atomic_directory(target: Path) -> Iterator[Path]:
         _sync(temporary)
         reached("synced")
         temporary.rename(target)
+        renamed = True
         _sync(target.parent)
         reached("renamed")
     except OSError as e:
-        raise AxiconError(f"cannot write {target}: {e}; nothing was left of it") from e
+        why = e.strerror or str(e)
+        if renamed:
+            raise AxiconError(
+                f"{target} is whole, but the disk did not confirm its name ({why}); look at the disk, then "
+                f"run `axicon verify {target}`") from e
+        do = "free some space" if e.errno in (errno.ENOSPC, errno.EDQUOT) else "mend that"
+        raise AxiconError(
+            f"cannot write {target}: {why}; nothing was left of it, {do} or choose another place") from e
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -92,48 +101,91 @@ def exclusive(path: Path) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def claim(target: Path) -> Iterator[None]:
+    """Be the only process of this machine that makes `target`.
+
+    Raises AxiconError at once while another one does. The lock ends with its process; its file is removed.
+    """
+    path = target.with_name(f".{target.name}.lock")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = _lock_at_once(path)
+    except OSError as e:
+        raise AxiconError(f"cannot write in {path.parent}: {e.strerror}; choose a writable place") from e
+    if lock is None:
+        raise AxiconError(
+            f"{target}: another axicon{_writer(path)} is making it; wait for it or choose another directory")
+    try:
+        with suppress(OSError):  # only for the other one's message
+            os.ftruncate(lock, 0)
+            write_all(lock, f"{os.getpid()}\n".encode())
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        os.close(lock)
+
+
+def _writer(lock: Path) -> str:
+    """Who holds the lock, as a part of a sentence; nothing if it has not said so."""
+    try:
+        number = lock.read_text().strip()
+    except OSError:
+        return ""
+    return f" (process {number})" if number.isdigit() else ""
+
+
+def _lock_at_once(path: Path) -> int | None:
+    """A descriptor that holds the lock of the file now at `path`; None while another process has it."""
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Whoever held it before removed the file: a lock on that one keeps nobody out.
+            with suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(descriptor), path.stat()):
+                    return descriptor
+        except BlockingIOError:
+            os.close(descriptor)
+            return None
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)
+
+
+def write_all(descriptor: int, content: bytes | memoryview) -> None:
+    """Write every byte. One call of the system takes at most 2 GiB, and less on a disk that gets full."""
+    rest = memoryview(content)
+    while len(rest) > 0:
+        rest = rest[os.write(descriptor, rest):]
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Create or overwrite one file; not synced."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+    try:
+        write_all(descriptor, content)
+    finally:
+        os.close(descriptor)
+
+
 def write_atomically(path: Path, text: str) -> None:
-    """Replace one small file; a reader sees the old text or the new."""
+    """Replace one small file; a reader sees the old text or the new, also after a crash of the machine."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
     try:
-        temporary.write_text(text)
+        write_bytes(temporary, text.encode())
+        _sync(temporary)
         temporary.replace(path)
+        _sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Canonical JSON: sorted keys, so equal content is equal bytes."""
-    path.write_text(json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
-
-
-def write_weights(
-    folder: Path, sizes: Mapping[str, int], tensor: Callable[[str], Tensor], shard_bytes: int = SHARD_BYTES
-) -> None:
-    """Write safetensors shards, and an index if there are several, with one shard in memory at a time.
-
-    `sizes` gives the bytes of each tensor by name; `tensor(name)` makes it, contiguous and of that size.
-    """
-    from safetensors.torch import save_file
-
-    shards: list[list[str]] = [[]]
-    filled = 0
-    for name in sorted(sizes):
-        if shards[-1] and filled + sizes[name] > shard_bytes:
-            shards.append([])
-            filled = 0
-        shards[-1].append(name)
-        filled += sizes[name]
-    index: dict[str, str] = {}
-    for number, names in enumerate(shards, 1):
-        one = len(shards) == 1
-        file = "model.safetensors" if one else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        save_file({name: tensor(name) for name in names}, folder / file, metadata={"format": "pt"})
-        index |= dict.fromkeys(names, file)
-    if len(shards) > 1:
-        metadata = {"total_size": sum(sizes.values())}
-        write_json(folder / "model.safetensors.index.json", {"metadata": metadata, "weight_map": index})
+    write_bytes(path, (json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode())
 
 
 def sha256(path: Path) -> str:
@@ -142,9 +194,13 @@ def sha256(path: Path) -> str:
 
 
 def write_manifest(folder: Path, **content: Any) -> None:
-    """Write `manifest.json` over the files already in `folder`, with size and sha256 of each."""
+    """Write `manifest.json` over the files already in `folder`, with size and sha256 of each.
+
+    `report.json` is not among them: it may be measured again.
+    """
     files = {
         str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": sha256(path)}
-        for path in sorted(folder.rglob("*")) if path.is_file()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name not in (MANIFEST, REPORT)
     }
-    write_json(folder / "manifest.json", {"format_version": FORMAT_VERSION, **content, "files": files})
+    write_json(folder / MANIFEST, {"format_version": FORMAT_VERSION, **content, "files": files})

@@ -16,22 +16,26 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
 from axicon.errors import AxiconError
 from axicon.model import hub, interchange, safety
 from axicon.model.artefact import FORMAT_VERSION
 from axicon.model.cachedir import cache_dir, file_digest, hold
 from axicon.model.decoder import Decoder
+from axicon.model.formats import Packing, install, read_packing
 from axicon.model.machine import available_memory
+from axicon.model.packed import PackedLinear
 from axicon.model.shape import ModelShape
 from axicon.model.shards import Stored, open_weights, weight_files
-from axicon.model.weights import Place, ignorable, set_parameter, weight_map, whole_map
+from axicon.model.weights import Place, ignorable, set_tensor, tensor_at, weight_map, whole_map
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-__all__ = ["cache_dir", "check", "digest", "load", "load_tokenizer", "model_id", "resolve", "shape_of"]
+__all__ = [
+    "cache_dir", "check", "check_headers", "digest", "load", "load_tokenizer", "model_id", "packed_formats",
+    "resolve", "shape_of",
+]  # fmt: skip
 
 
 def resolve(name: str | Path, *, offline: bool | None = None, revision: str | None = None) -> Path:
@@ -83,12 +87,12 @@ def shape_of(path: str | Path) -> ModelShape:
 def load(
     path: str | Path, *, dtype: torch.dtype | None = torch.bfloat16, blocks: range | None = None
 ) -> Decoder:
-    """Read a model, or some of its blocks, into memory once.
+    """Read a model, or some of its blocks, into memory once. Products that are stored packed stay packed.
 
-    `dtype` None keeps the stored one. Files are mapped and copied tensor by tensor into the decoder's own
-    memory, so there is never a second copy of the model. Raises AxiconError for a missing, unexpected,
-    misshapen or non-finite tensor, for digests that differ from the manifest, and when memory would not
-    suffice.
+    `dtype` is that of everything dense; None keeps the stored one. Files are mapped and copied tensor by
+    tensor into the decoder's own memory, so there is never a second copy of the model. Raises AxiconError for
+    a missing, unexpected, misshapen or non-finite tensor, for digests that differ from the manifest, and when
+    memory would not suffice.
     """
     plan = _plan(path, dtype, blocks)
     _fill(plan)
@@ -99,6 +103,17 @@ def load(
 def check(path: str | Path, *, dtype: torch.dtype | None = torch.bfloat16) -> ModelShape:
     """Raise what `load` would, as far as headers tell: names, shapes, digests, memory. No weight is read."""
     return _plan(path, dtype, None).decoder.shape
+
+
+def check_headers(folder: Path) -> None:
+    """Raise what `load` would of names, shapes and formats, whatever the digests are and on any machine."""
+    _read(folder, {}, None)
+
+
+def packed_formats(path: str | Path) -> tuple[str, ...]:
+    """Names of the packed formats a model is stored in; none for a dense model. Reads its config alone."""
+    folder = resolve(path)
+    return tuple(sorted({one.format for one in _packing(folder).values()}))
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,18 +132,40 @@ class _Plan:
 
 def _plan(path: str | Path, dtype: torch.dtype | None, blocks: range | None) -> _Plan:
     folder = resolve(path)
-    shape = shape_of(folder)
     manifest = _manifest(folder)
+    decoder, stored, places = _read(folder, manifest, blocks)
+    if dtype is None:
+        dense = (stored[name].entry.dtype for name, place in places.items() if place.dtype is None)
+        dtype = next(dense, torch.bfloat16)
+    _check_memory(folder, decoder, places, dtype)
+    return _Plan(folder, decoder, stored, places, dtype, frozenset(manifest.get("non_finite", ())))
+
+
+def _read(
+    folder: Path, manifest: Mapping[str, Any], blocks: range | None
+) -> tuple[Decoder, Mapping[str, Stored], Mapping[str, Place]]:
+    """A decoder without memory, what the files hold, and what goes where; names, shapes, dtypes are checked.
+    """
+    shape, packing = shape_of(folder), _packing(folder)
     stored = open_weights(folder, manifest)
     with torch.device("meta"):
         decoder = Decoder(shape, blocks)
+    try:
+        install(decoder, packing)
+        whole = whole_map(shape, packing)
+    except AxiconError as e:
+        raise AxiconError(f"{folder}: {e}") from e
     places = weight_map(decoder)
-    _check_names(folder, set(stored), places, shape)
-    _check_shapes(decoder, stored, places)
-    if dtype is None:
-        dtype = stored[next(iter(places))].entry.dtype
-    _check_memory(folder, decoder, dtype)
-    return _Plan(folder, decoder, stored, places, dtype, frozenset(manifest.get("non_finite", ())))
+    _check_names(folder, set(stored), places, whole, shape)
+    _check_tensors(decoder, stored, places)
+    return decoder, stored, places
+
+
+def _packing(folder: Path) -> dict[str, Packing]:
+    try:
+        return read_packing(safety.read_json(folder / "config.json"))
+    except AxiconError as e:
+        raise AxiconError(f"{folder}: {e}") from e
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
@@ -180,12 +217,14 @@ def _manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def _check_names(folder: Path, found: set[str], places: Mapping[str, Place], shape: ModelShape) -> None:
+def _check_names(
+    folder: Path, found: set[str], places: Mapping[str, Place], whole: Mapping[str, Place], shape: ModelShape
+) -> None:
     missing = sorted(places.keys() - found)
     if missing:
         raise AxiconError(
             f"{folder}: {_some(missing)} missing from the weights; the model is incomplete, fetch it again")
-    unexpected = sorted(n for n in found - whole_map(shape).keys() if not ignorable(n, shape))
+    unexpected = sorted(n for n in found - whole.keys() if not ignorable(n, shape))
     if unexpected:
         raise AxiconError(
             f"{folder}: {_some(unexpected)} in the weights, which {shape.architecture} with this "
@@ -197,22 +236,26 @@ def _some(names: list[str]) -> str:
     return f"tensor{'s' if len(names) > 1 else ''} {', '.join(names[:3])}{more}"
 
 
-def _check_shapes(decoder: Decoder, stored: Mapping[str, Stored], places: Mapping[str, Place]) -> None:
+def _check_tensors(decoder: Decoder, stored: Mapping[str, Stored], places: Mapping[str, Place]) -> None:
     for name, place in places.items():
-        expected = list(decoder.get_parameter(place.parameter).shape)
-        if place.rows is not None:
-            expected[0] = place.rows.stop - place.rows.start
+        expected = list(tensor_at(decoder, place).shape)
         where, entry = f"{stored[name].file.path}: {stored[name].name}", stored[name].entry
         if list(entry.shape) != expected:
             raise AxiconError(f"{where} has shape {list(entry.shape)}, config.json asks for {expected}")
-        if not entry.dtype.is_floating_point or entry.dtype.itemsize == 1:
+        if place.dtype is not None:
+            if entry.dtype != place.dtype:
+                raise AxiconError(
+                    f"{where} is stored as {entry.dtype}, its format asks for {place.dtype}; "
+                    "make the model again")
+        elif not entry.dtype.is_floating_point or entry.dtype.itemsize == 1:
             raise AxiconError(
                 f"{where} is stored as {entry.dtype}, axicon reads dense float weights; "
                 "take the model it was made from")
 
 
-def _check_memory(folder: Path, decoder: Decoder, dtype: torch.dtype) -> None:
-    needed = sum(p.numel() for p in decoder.parameters()) * dtype.itemsize
+def _check_memory(folder: Path, decoder: Decoder, places: Mapping[str, Place], dtype: torch.dtype) -> None:
+    needed = sum(
+        tensor_at(decoder, place).numel() * (place.dtype or dtype).itemsize for place in places.values())
     available = available_memory()
     if available is not None and needed > available:
         raise AxiconError(
@@ -227,20 +270,22 @@ def _fill(plan: _Plan) -> None:
     for name in sorted(plan.places, key=lambda name: plan.stored[name].place):
         place, source = plan.places[name], plan.stored[name]
         if place.parameter not in values:
-            shape = plan.decoder.get_parameter(place.parameter).shape
-            values[place.parameter] = torch.empty(shape, dtype=plan.dtype)
+            shape = tensor_at(plan.decoder, Place(place.parameter)).shape
+            values[place.parameter] = torch.empty(shape, dtype=place.dtype or plan.dtype)
         target = values[place.parameter]
         if place.rows is not None:
             target = target[place.rows]
         target.copy_(source.tensor())
         source.file.forget()
         # Smallest and largest are NaN if any element is: one pass, nothing allocated.
-        if name not in plan.non_finite and not all(x.isfinite() for x in target.aminmax()):
+        floating = target.is_floating_point() and name not in plan.non_finite
+        if floating and not all(x.isfinite() for x in target.aminmax()):
             raise AxiconError(
                 f"{source.file.path}: {source.name} holds NaN or infinite values as "
-                f"{str(plan.dtype).removeprefix('torch.')}; the file is damaged, or the model needs float32")
+                f"{str(target.dtype).removeprefix('torch.')}; the file is damaged, or the model needs "
+                "float32")
     for parameter, value in values.items():
-        set_parameter(plan.decoder, parameter, nn.Parameter(value, requires_grad=False))
+        set_tensor(plan.decoder, parameter, value)
 
 
 def _check_tied(plan: _Plan) -> None:
@@ -248,6 +293,10 @@ def _check_tied(plan: _Plan) -> None:
     decoder, stored = plan.decoder, plan.stored
     if not (decoder.shape.tie_head and decoder.has_head and "lm_head.weight" in stored):
         return
+    if isinstance(decoder.lm_head, PackedLinear):
+        raise AxiconError(
+            f"{plan.folder}: lm_head.weight beside the packed head, which the config does not know; "
+            "make the model again")
     ours, theirs = decoder.lm_head.weight, stored["lm_head.weight"].tensor()
     if ours.shape != theirs.shape or not torch.equal(ours, theirs.to(ours.dtype)):
         raise AxiconError(

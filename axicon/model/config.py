@@ -47,14 +47,15 @@ class Reader:
         self._seen = {
             "sliding_window", "use_sliding_window", "max_window_layers", "layer_types",
             "rope_theta", "rope_scaling", "rope_parameters", "rope_interleaved", "partial_rotary_factor",
+            "quantization_config",  # axicon's own: read by `axicon.model.formats`
         }
         if config.get("quantization_config"):
             method = config["quantization_config"]
             method = method.get("quant_method", "unknown") if isinstance(method, Mapping) else method
-            raise AxiconError(
-                f"config.json: the weights were quantised by another tool ({method}); axicon reads dense "
-                "ones. "
-                "Take the model it was made from")
+            if method != "axicon":
+                raise AxiconError(
+                    f"config.json: the weights were quantised by another tool ({method}); axicon reads dense "
+                    "ones and its own. Take the model it was made from")
 
     def _get(self, key: str, default: Any) -> Any:
         self._seen.add(key)

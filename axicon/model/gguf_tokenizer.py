@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from axicon.errors import AxiconError
 from axicon.model import safety
-from axicon.model.artefact import write_json
+from axicon.model.artefact import write_bytes, write_json
 from axicon.model.gguf_file import GGUFFile
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def write_tokenizer(file: GGUFFile, folder: Path, *, positions: int) -> None:
         tokenizer = _sentencepiece(file)
     else:
         raise AxiconError(f"{file.path}: tokenizer model {model!r} is not built in; known are gpt2 and llama")
-    tokenizer.save(str(folder / "tokenizer.json"))
+    write_bytes(folder / "tokenizer.json", tokenizer.to_str(pretty=True).encode())
     tokens = fields["tokenizer.ggml.tokens"]
     config: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": positions,

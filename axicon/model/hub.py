@@ -13,8 +13,9 @@ from axicon.model.shape import ModelShape
 PATTERNS = [
     "config.json", "generation_config.json", "manifest.json",
     "model.safetensors", "model-*.safetensors", "model.safetensors.index.json",
+    "packed.safetensors", "packed-*.safetensors", "packed.safetensors.index.json",
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
-    "merges.txt", "chat_template.jinja",
+    "merges.txt", "chat_template.jinja", "report.json", "LICENSE*", "NOTICE*",
 ]
 """All that is ever fetched: no pickles, no code."""
 

@@ -15,7 +15,7 @@ model's rows stay below it and still take most of the range of int8.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Literal, Self, cast
 
 import torch
@@ -23,13 +23,14 @@ from torch import Tensor, nn
 
 from axicon.errors import AxiconError
 from axicon.kernels import int8_matmul, native
-from axicon.model.packed import PackedLinear, slice_of
+from axicon.model.packed import PackedLinear, Setting, slice_of
 
 
 class Int8Linear(PackedLinear):
     """Buffers: `qweight` int8 (O, I), `absmax` float32 (O,), `bias` (O,) or None."""
 
     format = "int8"
+    settings = ("threshold", "relative")
     qweight: Tensor
     absmax: Tensor
 
@@ -53,6 +54,17 @@ class Int8Linear(PackedLinear):
         scaled = weight * torch.where(absmax > 0, 127.0 / absmax, 0.0)[:, None]
         bias = None if linear.bias is None else linear.bias.detach().clone()
         return cls(scaled.round().to(torch.int8), absmax, bias, threshold, relative)
+
+    @classmethod
+    def empty(
+        cls, outputs: int, inputs: int, bias: torch.dtype | None, settings: Mapping[str, Setting]
+    ) -> Self:
+        limits = settings["threshold"], settings["relative"]
+        if not all(isinstance(value, float | int) and not value < 0 for value in limits):
+            raise ValueError("threshold and relative are numbers from 0 on")
+        weight, absmax = torch.empty(outputs, inputs, dtype=torch.int8), torch.empty(outputs)
+        added = None if bias is None else torch.empty(outputs, dtype=bias)
+        return cls(weight, absmax.float(), added, *map(float, limits))
 
     def unpack(self) -> Tensor:
         return self.qweight.float() * (self.absmax / 127.0)[:, None]

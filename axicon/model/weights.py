@@ -1,25 +1,31 @@
-"""The weight map: where each tensor of a Hugging Face checkpoint lives in a Decoder.
+"""The weight map: where each tensor of a checkpoint lives in a Decoder.
 
-A family is two tables of names. Which biases, norms and projections exist is read off the decoder itself.
+A family is two tables of names. Which biases, norms and projections exist is read off the decoder itself, and
+so are the buffers of packed products, which keep the decoder's own names.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from axicon.model.decoder import Decoder
+from axicon.model.formats import Packing, global_name, install
+from axicon.model.packed import PackedLinear
 from axicon.model.shape import ModelShape
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Rows of one parameter of a Decoder (all of it where `rows` is None)."""
+    """Rows of one parameter or buffer of a Decoder (all of it where `rows` is None)."""
 
     parameter: str
     rows: slice | None = None
+    dtype: torch.dtype | None = None
+    """What a packed format prescribes; None for dense tensors: stored as some float, cast to the model's."""
 
 
 MODEL_NAMES = {
@@ -50,7 +56,9 @@ PREFIX = "model."
 
 
 def weight_map(decoder: Decoder) -> dict[str, Place]:
-    """Checkpoint name -> place, for every parameter of this decoder (a stage names only its own)."""
+    """Name in the checkpoint -> place, for every parameter and packed buffer of this decoder (a stage names
+    only its own).
+    """
     shape = decoder.shape
     places: dict[str, Place] = {}
     for parameter, _ in decoder.named_parameters():
@@ -68,13 +76,35 @@ def weight_map(decoder: Decoder) -> dict[str, Place]:
             tied = module == "lm_head" and kind == "weight" and shape.tie_head
             name = MODEL_NAMES[shape.family]["embed_tokens" if tied else module]
             places[f"{name}.{kind}"] = Place(parameter)
+    for path, module_ in decoder.named_modules():
+        if isinstance(module_, PackedLinear):
+            for buffer, value in module_.named_buffers():
+                dtype = None if buffer == "bias" else value.dtype
+                places[f"{global_name(decoder, path)}.{buffer}"] = Place(f"{path}.{buffer}", dtype=dtype)
     return places
 
 
-def whole_map(shape: ModelShape) -> dict[str, Place]:
+def tensor_at(decoder: Decoder, place: Place) -> Tensor:
+    """The tensor of a place, or the view of its rows."""
+    module, _, name = place.parameter.rpartition(".")
+    value: Tensor = getattr(decoder.get_submodule(module), name)
+    return value if place.rows is None else value[place.rows]
+
+
+def stored_tensors(decoder: Decoder) -> Iterator[tuple[str, Tensor]]:
+    """Everything this decoder holds, by its name in the checkpoint; wide dtypes first, so that each tensor
+    lies in the file at a multiple of its item size.
+    """
+    tensors = {name: tensor_at(decoder, place) for name, place in weight_map(decoder).items()}
+    yield from sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0]))
+
+
+def whole_map(shape: ModelShape, packing: Mapping[str, Packing] | None = None) -> dict[str, Place]:
     """The weight map of the whole model, without memory for it."""
     with torch.device("meta"):
-        return weight_map(Decoder(shape))
+        decoder = Decoder(shape)
+        install(decoder, packing or {})
+    return weight_map(decoder)
 
 
 def ignorable(name: str, shape: ModelShape) -> bool:
@@ -83,10 +113,15 @@ def ignorable(name: str, shape: ModelShape) -> bool:
     return tied or name.endswith("rotary_emb.inv_freq")
 
 
-def set_parameter(decoder: nn.Module, path: str, value: nn.Parameter) -> None:
-    """Replace a parameter, wherever it is shared."""
+def set_tensor(decoder: nn.Module, path: str, value: Tensor) -> None:
+    """Replace a buffer, or a parameter wherever it is shared."""
     module, _, kind = path.rpartition(".")
+    owner = decoder.get_submodule(module)
+    if kind in owner._buffers:
+        owner._buffers[kind] = value
+        return
     old = decoder.get_parameter(path)
-    for other in [decoder.get_submodule(module), *decoder.modules()]:
+    parameter = nn.Parameter(value, requires_grad=False)
+    for other in [owner, *decoder.modules()]:
         if other._parameters.get(kind) is old:
-            other._parameters[kind] = value
+            other._parameters[kind] = parameter

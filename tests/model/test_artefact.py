@@ -13,8 +13,16 @@ import torch
 
 from axicon.errors import AxiconError
 from axicon.model import artefact
-from axicon.model.artefact import atomic_directory, exclusive, write_manifest, write_weights
-from axicon.model.tensorfile import TensorFile
+from axicon.model.artefact import (
+    atomic_directory,
+    claim,
+    exclusive,
+    write_atomically,
+    write_json,
+    write_manifest,
+)
+from axicon.model.tensorwriter import write_weights
+from tests.faults import failing, failures
 
 
 def test_a_finished_block_becomes_the_directory(tmp_path: Path) -> None:
@@ -112,24 +120,101 @@ def test_the_lock_keeps_others_out(tmp_path: Path) -> None:
         fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
-def test_shards_are_filled_one_at_a_time(tmp_path: Path) -> None:
-    made: list[str] = []
+def make(target: Path) -> None:
+    """A directory with everything an artefact has: two weight files, an index, config, manifest."""
+    with atomic_directory(target) as folder:
+        write_weights(folder, [(name, torch.ones(30)) for name in "abc"], shard_bytes=200)
+        write_json(folder / "config.json", {"a": 1})
+        write_manifest(folder, name=target.name)
 
-    def tensor(name: str) -> torch.Tensor:
-        made.append(name)
-        return torch.full((10,), float(name), dtype=torch.float32)
 
-    write_weights(tmp_path, dict.fromkeys("43210", 40), tensor, shard_bytes=100)
-    assert made == ["0", "1", "2", "3", "4"]
-    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
-    assert index["weight_map"]["4"] == "model-00003-of-00003.safetensors"
-    assert index["metadata"]["total_size"] == 200
-    for name, file in index["weight_map"].items():
-        assert TensorFile(tmp_path / file).tensor(name).tolist() == [float(name)] * 10
+def test_whichever_operation_fails_there_is_a_whole_directory_or_none(tmp_path: Path) -> None:
+    make(tmp_path / "want")
+    want = {path.name: path.read_bytes() for path in (tmp_path / "want").iterdir() if path.is_file()}
+    places = [tmp_path / "0"]
+    for failed in failures(lambda: make(places[-1])):
+        place = places[-1]
+        places.append(tmp_path / str(len(places)))
+        assert isinstance(failed, AxiconError)
+        assert "\n" not in str(failed)
+        assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
+        if place.exists():
+            assert "is whole, but the disk did not confirm" in str(failed)
+        else:
+            assert "cannot write" in str(failed)
+            make(place)
+        assert want.keys() == {path.name for path in place.iterdir()}
+        assert all((place / name).read_bytes() == want[name] for name in want if name != "manifest.json")
+    assert len(places) > 20
+
+
+def test_a_full_disk_is_one_line_with_the_way_out(tmp_path: Path) -> None:
+    lines = [str(failed) for failed in failures(lambda: make(tmp_path / "model"), only=("write",))]
+    assert len(lines) > 5
+    assert all(
+        line == f"cannot write {tmp_path / 'model'}: No space left on device; nothing was left of it, "
+        "free some space or choose another place" for line in lines
+    )  # fmt: skip
+
+
+def test_a_small_file_is_the_old_one_or_the_new_one_whatever_fails(tmp_path: Path) -> None:
+    path = tmp_path / "report.json"
+    path.write_text("old")
+    operations = []
+    for failed in failures(lambda: write_atomically(path, "new and longer")):
+        assert isinstance(failed, OSError)
+        operations.append(failed.filename)
+        assert path.read_text() == ("new and longer" if len(operations) > 4 else "old")
+        assert [p.name for p in tmp_path.iterdir()] == ["report.json"]
+        path.write_text("old")
+    assert operations == ["open", "write", "fsync", "replace", "fsync"]
+    assert path.read_text() == "new and longer"
+
+
+def test_a_writer_killed_anywhere_leaves_nothing_that_looks_whole(tmp_path: Path) -> None:
+    """SIGKILL at each operation, in processes forked before they compute anything."""
+    for number in range(1, 40):
+        process = multiprocessing.get_context("fork").Process(
+            target=_killed_at, args=(number, tmp_path / "model")
+        )
+        process.start()
+        process.join()
+        if (tmp_path / "model").exists():
+            assert {"config.json", "manifest.json"} < {p.name for p in (tmp_path / "model").iterdir()}
+        if process.exitcode == 0:
+            break
+        assert process.exitcode == -signal.SIGKILL
+    else:
+        pytest.fail("the writer was killed every time")
+    assert number > 20
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+def _killed_at(number: int, target: Path) -> None:
+    with failing(number, kill=True):
+        if not target.exists():
+            make(target)
+
+
+def test_two_makers_of_one_directory(tmp_path: Path) -> None:
+    target = tmp_path / "model"
+    with claim(target):
+        with pytest.raises(AxiconError, match=rf"another axicon \(process {os.getpid()}\) is making it"):
+            claim(target).__enter__()
+        with claim(tmp_path / "other"):
+            pass
+    assert list(tmp_path.iterdir()) == []
+    with claim(target):
+        pass
+    (tmp_path / "file").write_text("")
+    with pytest.raises(AxiconError, match="cannot write in"), claim(tmp_path / "file" / "model"):
+        pass
 
 
 def test_the_manifest_lists_every_file(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(b"abc")
+    write_manifest(tmp_path, name="x", parents=[])
+    (tmp_path / "report.json").write_text("{}")
     write_manifest(tmp_path, name="x", parents=[])
     manifest = json.loads((tmp_path / "manifest.json").read_text())
     assert manifest["format_version"] == 1
