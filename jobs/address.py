@@ -65,6 +65,14 @@ def is_loopback(address: str) -> bool:
     return ipaddress.ip_address(address.removeprefix("::ffff:").partition("%")[0]).is_loopback
 
 
+def only_this_machine(host: str) -> bool:
+    """Whether a server that listens on `host`, a name or an address, is for this machine only."""
+    try:
+        return host == "localhost" or is_loopback(host)
+    except ValueError:
+        return False
+
+
 def reachable(host: str) -> str:
     """Where this machine reaches a server that listens on `host`."""
     return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)

@@ -41,9 +41,9 @@ class LocalNode(Recipe):
 
 
 class HttpOptions(Recipe):
-    """Where Serve listens."""
+    """Where Serve listens. The default of `host` is Serve's own for a configuration."""
 
-    host: str = Field("127.0.0.1", min_length=1)
+    host: str = Field("0.0.0.0", min_length=1)
     port: int = Field(8000, ge=1, le=65535)
     root_path: str = ""
     request_timeout_s: float | None = None

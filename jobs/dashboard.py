@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import http.client
 import json
+import logging
 import os
 import urllib.error
 import urllib.request
@@ -67,6 +68,8 @@ class Dashboard:
         self.get("/api/version")
         from ray.job_submission import JobSubmissionClient
 
+        for name in ("ray", "ray.dashboard.modules.dashboard_sdk"):  # they tell of every step of an upload
+            logging.getLogger(name).setLevel(logging.ERROR)
         return JobSubmissionClient(self.url)
 
     @contextlib.contextmanager

@@ -123,12 +123,16 @@ def ready_line(recipe: LocalServeRecipe, seconds: float) -> str:
     """One line: what serves, since when, and a command that proves it."""
     host = reachable(recipe.host)
     url = f"http://{f'[{host}]' if ':' in host else host}:{recipe.port}"
+    return f"{recipe.served_name} is ready after {seconds:.1f} s at {url}   try: {curl(url, recipe)}"
+
+
+def curl(url: str, recipe: ServeRecipe) -> str:
+    """A command that asks a server at `url` something."""
     body = {"messages": [{"role": "user", "content": "Why is the sky blue?"}], "max_tokens": 60}
     keyed = bool(recipe.api_key_hashes or recipe.api_keys_env)
     words = ["curl", f"{url}/v1/chat/completions", "-H", "Content-Type: application/json"]
     key = ' -H "Authorization: Bearer $KEY"' if keyed else ""
-    command = f"{shlex.join(words)}{key} -d {shlex.quote(json.dumps(body))}"
-    return f"{recipe.served_name} is ready after {seconds:.1f} s at {url}   try: {command}"
+    return f"{shlex.join(words)}{key} -d {shlex.quote(json.dumps(body))}"
 
 
 def jobs_line(port: int, folder: Path) -> str:

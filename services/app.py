@@ -4,12 +4,16 @@ One deployment answers HTTP and owns the engine. Annotations are not postponed h
 builder's parameter for a class to validate its arguments with.
 """
 
+import asyncio
+
 from fastapi import FastAPI
 from ray import serve
 from ray.serve import Application
 from ray.serve.config import BackpressureConfig
 
+from axicon.errors import AxiconError
 from axicon.recipe import ServeRecipe
+from services.auth import is_loopback
 from services.generation import GenerationServer
 from services.ingress import make_api
 
@@ -25,11 +29,36 @@ class Generator(GenerationServer):
         """Serve awaits this before it sends the first request, so a replica is up once its model is loaded,
         and a model that cannot be loaded is reported as what it is."""
         close_peer_port()
+        if not self.access.closed_to_strangers:
+            check_bind(await asyncio.to_thread(serve_host))
         await self.start()
         return make_api(lambda: self)
 
     async def __del__(self) -> None:
         await self.close()
+
+
+def serve_host() -> str:
+    """Where the Serve around this replica listens, whoever configured it."""
+    from ray.serve.context import _get_global_client
+
+    client = _get_global_client()
+    if client is None:
+        raise RuntimeError("this replica does not find its Serve")
+    return str(client.http_config.host)
+
+
+def check_bind(host: str) -> None:
+    """Raises AxiconError when a server without keys would listen beyond loopback.
+
+    A proxy stands between, so what arrives comes from this machine whoever sent it, and `Host` is what the
+    sender writes: only where Serve listens tells who can ask.
+    """
+    if not is_loopback(host):
+        raise AxiconError(
+            f"Serve listens on {host}, where others reach it, and no API keys are configured; name a "
+            "variable that holds them with api_keys_env, or let http_options.host be 127.0.0.1"
+        )
 
 
 def close_peer_port() -> None:

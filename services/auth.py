@@ -2,8 +2,8 @@
 
 Keys are configured as SHA-256 digests or through an environment variable and only their digests are kept. A
 request is compared with every configured digest in constant time. Without keys the server binds loopback
-only, and a request must also name a loopback host: otherwise any web page could reach it by pointing a name
-of its own at 127.0.0.1.
+only (a replica asks its Serve, see services/app.py), and a request must also name a loopback host: otherwise
+any web page could reach it by pointing a name of its own at 127.0.0.1.
 """
 
 from __future__ import annotations
@@ -38,6 +38,11 @@ class Access:
         keys; whoever sets them takes it on himself who can connect."""
         self.digests = tuple(digests)
         self.hosts = frozenset(host.lower() for host in hosts)
+
+    @property
+    def closed_to_strangers(self) -> bool:
+        """Whether someone has decided who may connect: by keys, or by naming the hosts to answer to."""
+        return bool(self.digests or self.hosts)
 
     def check(self, path: str, headers: Headers, peer: str | None = None) -> None:
         """`peer`: the address that the connection comes from. Raises ApiError 401 or 403."""

@@ -8,6 +8,7 @@ import click
 
 from axicon.recipe import Recipe
 from jobs.command import Verb, axicon
+from jobs.deploy import DeployRecipe
 from jobs.up import DownRecipe, UpRecipe
 
 R = TypeVar("R", bound=Recipe)
@@ -60,3 +61,22 @@ def down(words: tuple[str, ...]) -> None:
     from jobs import up as job
 
     job.down(read_words(DownRecipe, words, "name"), say=click.echo)
+
+
+@axicon.command(cls=Verb.of(DeployRecipe))
+@words("CLUSTER.YAML")
+def deploy(words: tuple[str, ...]) -> None:
+    """Put the Serve applications of CLUSTER.YAML on a cluster that runs, and wait until they answer.
+
+    The code that is here goes along. The cluster is one that `axicon up` started, or any with address=URL.
+    Deploying again replaces what changed while the rest goes on answering.
+
+    \b
+    Examples:
+      axicon deploy
+      axicon deploy cluster.yaml port=8001
+      RAY_AUTH_TOKEN_PATH=token axicon deploy cluster.yaml address=http://127.0.0.1:8265
+    """
+    from jobs import deploy as job
+
+    job.run(read_words(DeployRecipe, words, "cluster"), say=click.echo)
