@@ -12,7 +12,7 @@ from axicon.errors import AxiconError, RunFailed
 from jobs.command import FAILED, WRONG_INPUT, axicon, debug
 from jobs.stop import Stopped, stop_on_signal
 from jobs.submitted import keep_lines_whole, succeeded
-from jobs.verbs import artefacts, cluster, machine, measure, server  # noqa: F401 - each adds its verbs
+from jobs.verbs import artefacts, cluster, machine, measure, server, submit  # noqa: F401 - each adds its verbs
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -24,7 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             axicon.main(args=words, prog_name="axicon", standalone_mode=False)
         succeeded(" ".join(words[:1]), time.monotonic() - begun)
     except Stopped as stopped:
-        click.echo(f"axicon: stopped; {stopped.kept}", err=True)
+        click.echo(f"axicon: {stopped.did}; {stopped.kept}", err=True)
         sys.exit(stopped.exit_code)
     except click.exceptions.Abort:
         sys.exit(130)

@@ -22,6 +22,7 @@ class Stopped(BaseException):
 
     def __init__(self, number: int = signal.SIGTERM) -> None:
         self.number = number
+        self.did = "stopped"
         self.kept = NOTHING_KEPT
         super().__init__(number)
 

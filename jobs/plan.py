@@ -1,0 +1,153 @@
+"""What is to be submitted, made out and checked on this machine before anything is sent.
+
+A verb checks its own words: `--show` prints the resolved recipe and does nothing. What it names on this
+machine's disk is made absolute when the cluster runs here too, and warned about when it does not.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, get_args
+
+import click
+import yaml
+
+from axicon.errors import AxiconError
+from axicon.recipe import Recipe
+
+NOT_JOBS = {
+    "serve": "it holds a cluster of its own; `axicon deploy` serves on a cluster",
+    "submit": "give the verb that is to run",
+    **dict.fromkeys(("up", "down", "deploy", "status", "render", "cache"), "it is for this machine"),
+}
+MAY_BE_PATHS = ("model", "text")
+"""Settings that take a path beside other things."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    verb: str
+    words: tuple[str, ...]
+    """After the verb, as the job gets them."""
+    recipe: Mapping[str, Any]
+    """Resolved, as plain data; empty for a verb without."""
+    inputs: tuple[Path, ...] = ()
+    """Files and folders of this machine that the job reads."""
+    warnings: tuple[str, ...] = field(default=())
+
+    @property
+    def entrypoint(self) -> str:
+        # `exec`: the signal that stops the job reaches Python, and its exit code is the job's.
+        return f"exec python -m jobs {shlex.join([self.verb, *self.words])}"
+
+    def name(self, code: str) -> str:
+        """The submission id: the same verb, recipe, inputs and code have the same one."""
+        asked = self.recipe or {"words": self.words}
+        told = json.dumps([self.verb, asked, code, [stamp(path) for path in self.inputs]], sort_keys=True)
+        parts = [self.verb, *(Path(str(asked[key])).name for key in ("method", "model") if asked.get(key))]
+        readable = re.sub(r"[^A-Za-z0-9_.]+", "-", "-".join(parts))[:60].strip("-")
+        return f"{readable}-{sha256(told.encode()).hexdigest()[:8]}"
+
+
+def make(group: click.Group, verb: str, words: Sequence[str], *, here: bool, sent: Path) -> Plan:
+    """Check the words, and settle what they mean on the cluster. Raises AxiconError.
+
+    here: the cluster runs on this machine. sent: the working directory that goes along.
+    """
+    command = group.commands.get(verb)
+    if command is None:
+        raise AxiconError(f"no such verb {verb!r}; `axicon --help` lists them")
+    if verb in NOT_JOBS:
+        raise AxiconError(f"{verb} cannot be submitted: {NOT_JOBS[verb]}")
+    words = [_absolute(word) if here and _looks_like_path(word) else word for word in words]
+    recipe = _resolved(command, verb, words)
+    kind: type[Recipe] | None = getattr(command, "recipe", None)
+    if kind is None or not recipe:
+        return Plan(verb=verb, words=tuple(words), recipe={})
+    named = dict(_paths(kind, recipe))
+    if not here:
+        return Plan(verb=verb, words=tuple(words), recipe=recipe, warnings=_warnings(named, recipe, sent))
+    changed = {key: ",".join(str(path.absolute()) for path in paths) for key, paths in named.items()}
+    if "out" in recipe and recipe["out"] is None:
+        # A job's own folder goes with the job.
+        changed["out"] = str(Path("artifacts", verb).absolute())
+    kept = [word for word in words if word.partition("=")[0] not in changed]
+    final = [*kept, *(f"{key}={value}" for key, value in changed.items())]
+    inputs = tuple(path for key, paths in named.items() if key != "out" for path in paths)
+    return Plan(verb=verb, words=tuple(final), recipe=_resolved(command, verb, final), inputs=inputs)
+
+
+def _resolved(command: click.Command, verb: str, words: Sequence[str]) -> dict[str, Any]:
+    """The recipe that a verb makes of its words, or nothing for a verb without. Raises what it raises."""
+    if not any(parameter.name == "show" for parameter in command.params):
+        command.make_context(verb, list(words)).close()
+        return {}
+    shown = io.StringIO()
+    with contextlib.redirect_stdout(shown):
+        command.main([*words, "--show"], prog_name=verb, standalone_mode=False)
+    content = yaml.safe_load(shown.getvalue())
+    return content if isinstance(content, dict) else {}
+
+
+def _paths(kind: type[Recipe], recipe: Mapping[str, Any]) -> list[tuple[str, list[Path]]]:
+    """(setting, its paths) of all settings that name one."""
+    found = []
+    for key, about in kind.model_fields.items():
+        value = recipe.get(key)
+        if not value:
+            continue
+        values = [value] if isinstance(value, str) else list(value) if isinstance(value, list) else []
+        if _takes_path(about.annotation):
+            found.append((key, [Path(one).expanduser() for one in values]))
+        elif key in MAY_BE_PATHS and value != "demo" and Path(value).expanduser().exists():
+            found.append((key, [Path(value).expanduser()]))
+    return found
+
+
+def _takes_path(annotation: Any) -> bool:
+    return annotation is Path or any(_takes_path(part) for part in get_args(annotation))
+
+
+def _looks_like_path(word: str) -> bool:
+    plain = "=" not in word and ("/" in word or word.endswith((".yaml", ".yml", ".gguf")))
+    return plain and Path(word).expanduser().exists()
+
+
+def _absolute(word: str) -> str:
+    return str(Path(word).expanduser().absolute())
+
+
+def _warnings(named: Mapping[str, Sequence[Path]], recipe: Mapping[str, Any], sent: Path) -> tuple[str, ...]:
+    """What may be missing on another machine, one line each."""
+    said = []
+    for key, paths in named.items():
+        for path in paths:
+            travels = not path.is_absolute() and (sent / path).exists()
+            if key == "out" and not path.is_absolute():
+                said.append(f"out={path} lies in the job's own folder and goes with it; give an absolute one")
+            elif key != "out" and not travels:
+                said.append(
+                    f"{key}={path} is a path of this machine; it must exist on the cluster's nodes too"
+                )
+    if "out" in recipe and recipe["out"] is None:
+        said.append("out= is not given: results lie in the job's own folder on its node and go with it")
+    return tuple(said)
+
+
+def stamp(path: Path) -> list[list[Any]]:
+    """What tells that an input has changed: names, sizes and times of a file, or of all in a folder."""
+    files = sorted(path.rglob("*")) if path.is_dir() else [path]
+    found = []
+    for file in files:
+        with contextlib.suppress(OSError):
+            status = file.stat()
+            found.append([str(file), status.st_size, status.st_mtime_ns])
+    return found
