@@ -90,14 +90,7 @@ HEAD_WIDTHS = (32, 64, 96, 128)
 @functools.cache
 def library() -> Library:
     """The compiled kernels, built now if this machine has none yet. Raises `Unavailable`."""
-    missing = NEEDED_FLAGS - cpu_flags()
-    if missing:
-        raise Unavailable(f"the processor lacks {', '.join(sorted(missing))}")
-    names = (os.environ.get("CXX"), "c++", "g++", "clang++")
-    compiler = next((found for name in names if name and (found := shutil.which(name))), None)
-    if compiler is None:
-        raise Unavailable("no C++ compiler: install g++ or set CXX")
-    path = _cache() / f"kernels-{_key(compiler)}.so"
+    compiler, path = library_file()
     if not path.exists():
         _build(compiler, path)
     lib = c.CDLL(str(path))
@@ -116,6 +109,21 @@ def library() -> Library:
         getattr(lib, name).restype = None
     lib.axicon_buffers_new.restype = P
     return lib
+
+
+def library_file() -> tuple[str, Path]:
+    """The compiler, and where its library lies for this source and processor, built or not.
+
+    Raises `Unavailable`.
+    """
+    missing = NEEDED_FLAGS - cpu_flags()
+    if missing:
+        raise Unavailable(f"the processor lacks {', '.join(sorted(missing))}")
+    names = (os.environ.get("CXX"), "c++", "g++", "clang++")
+    compiler = next((found for name in names if name and (found := shutil.which(name))), None)
+    if compiler is None:
+        raise Unavailable("no C++ compiler: install g++ or set CXX")
+    return compiler, _cache() / f"kernels-{_key(compiler)}.so"
 
 
 def version() -> str | None:

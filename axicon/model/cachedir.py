@@ -20,7 +20,8 @@ def cache_dir() -> Path:
     return Path(base).expanduser().absolute() / "axicon"
 
 
-_held: set[Path] = set()
+_held: dict[Path, int] = {}
+"""Folder, and the descriptor whose shared lock says that this process reads it."""
 
 
 def hold(folder: Path) -> Path:
@@ -32,11 +33,18 @@ def hold(folder: Path) -> Path:
     if folder in _held or not folder.resolve().is_relative_to((cache_dir() / "models").resolve()):
         return folder
     with contextlib.suppress(OSError):  # a file system without locks, or no such file
-        fcntl.flock(os.open(folder / "manifest.json", os.O_RDONLY), fcntl.LOCK_SH)
-        _held.add(folder)
+        descriptor = os.open(folder / "manifest.json", os.O_RDONLY)
+        fcntl.flock(descriptor, fcntl.LOCK_SH)
+        _held[folder] = descriptor
     if not folder.exists():
         raise AxiconError(f"{folder}: was just removed by `axicon cache clean`; run the command again")
     return folder
+
+
+def release() -> None:
+    """Hold nothing any more."""
+    while _held:
+        os.close(_held.popitem()[1])
 
 
 def file_digest(path: Path) -> str:

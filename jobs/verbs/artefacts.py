@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import click
 
+from axicon.errors import AxiconError
 from jobs.command import axicon
 
 
@@ -30,3 +32,79 @@ def lineage(model: str, as_json: bool) -> None:
         click.echo(json.dumps(job.as_json(root), indent=2, ensure_ascii=False))
     else:
         job.draw(root)
+
+
+@axicon.group(invoke_without_command=True)
+@click.option("--json", "as_json", is_flag=True, help="Print the list as JSON.")
+@click.pass_context
+def cache(ctx: click.Context, as_json: bool) -> None:
+    """List what lies in axicon's cache folder: converted models, compiled kernels, leftovers.
+
+    The folder is $AXICON_CACHE, else ~/.cache/axicon. Downloads of the hub are in the hub's own cache.
+    """
+    if ctx.invoked_subcommand is not None:
+        return
+    from axicon.model.cachedir import cache_dir
+    from jobs import cache as job
+
+    found = job.items()
+    if as_json:
+        click.echo(json.dumps(job.as_json(found), indent=2, ensure_ascii=False))
+        return
+    total = job.size(sum(item.bytes for item in found))
+    if not found:
+        click.echo(f"{cache_dir()} is empty")
+        return
+    job.show(found, f"{cache_dir()}, {total}")
+    if useless := job.chosen(found):
+        click.echo(f"`axicon cache clean` would free {job.size(sum(item.bytes for item in useless))}")
+
+
+@cache.command()
+@click.argument("names", nargs=-1, metavar="[NAME]...")
+@click.option("--all", "everything", is_flag=True, help="All that can be made again.")
+@click.option(
+    "--older-than", type=click.FloatRange(min=0), metavar="DAYS", help="Only what lay unused so long."
+)
+@click.option("--dry-run", is_flag=True, help="Say what would be removed, and remove nothing.")
+@click.option("--yes", is_flag=True, help="Do not ask.")
+def clean(
+    names: tuple[str, ...], everything: bool, older_than: float | None, dry_run: bool, yes: bool
+) -> None:
+    """Remove NAMEs from the cache; without any, what is of no use any more.
+
+    That is what killed processes left, kernels of another version, compiler or processor, and conversions
+    of another version. What a living process uses always stays. A conversion whose GGUF file is gone, and
+    files that are not axicon's, go only when they are named.
+
+    \b
+    Examples:
+      axicon cache clean --dry-run
+      axicon cache clean SmolLM2-135M-Instruct --yes
+      axicon cache clean --older-than 30
+    """
+    from jobs import cache as job
+
+    if names and everything:
+        raise click.UsageError("give names or --all, not both")
+    found = job.items()
+    picked = job.chosen(found, names, everything=everything, older_than=older_than)
+    for item in found:
+        if item.state == "in use" and (everything or job.named(item, names)):
+            click.echo(f"{item.name} stays: {item.about}")
+    if not picked:
+        click.echo("nothing to remove")
+        return
+    total = job.size(sum(item.bytes for item in picked))
+    job.show(picked, f"{len(picked)} to remove, {total}")
+    if dry_run:
+        return
+    if not yes:
+        if not _somebody_is_there():
+            raise AxiconError("nobody is there to be asked: add --yes to remove them, or --dry-run to look")
+        click.confirm("Remove them?", abort=True)
+    click.echo(f"{job.clean(picked, say=click.echo)} bytes freed")
+
+
+def _somebody_is_there() -> bool:
+    return sys.stdin.isatty()
