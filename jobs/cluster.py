@@ -156,18 +156,11 @@ def simulated(
         }
         try:
             cluster = Cluster()
-            cluster.add_node(
-                **_ray_node(head),
-                **common,
-                include_dashboard=True,
-                dashboard_host="127.0.0.1",
-                dashboard_port=dashboard_port,
-                dashboard_agent_listen_port=0,
-                gcs_server_port=0,
-            )
+            ports = {"dashboard_port": dashboard_port, "dashboard_agent_listen_port": 0, "gcs_server_port": 0}
+            _add(cluster, head, common, include_dashboard=True, dashboard_host="127.0.0.1", **ports)
             say(f"node {head.name} runs")
             for number, worker in enumerate(workers, start=1):
-                cluster.add_node(**_ray_node(worker), **common)
+                _add(cluster, worker, common)
                 say(f"node {worker.name} runs ({number} of {len(workers)})")
         except Exception as error:
             raise _not_started(error) from error
@@ -186,16 +179,18 @@ def node_list(file: ClusterFile, nodes: Nodes) -> tuple[NodeType, list[NodeType]
     return file.head, workers or [file.workers[0]]
 
 
-def _ray_node(node: NodeType) -> dict[str, Any]:
-    """Arguments of `Cluster.add_node`."""
+def _add(cluster: Any, node: NodeType, common: Mapping[str, Any], **more: Any) -> None:
+    """One more node. Ray takes its type from the environment, as the launcher sets it on a real one."""
     counts = dict(node.resources)
-    return {
-        "num_cpus": counts.pop("CPU", 0),
-        "num_gpus": counts.pop("GPU", 0),
-        "resources": {name: float(count) for name, count in counts.items()},
-        "labels": node.labels,
-        "env_vars": {"RAY_NODE_TYPE_NAME": node.name},
-    }
+    os.environ["RAY_NODE_TYPE_NAME"] = node.name
+    cluster.add_node(
+        num_cpus=counts.pop("CPU", 0),
+        num_gpus=counts.pop("GPU", 0),
+        resources={name: float(count) for name, count in counts.items()},
+        labels=node.labels,
+        **common,
+        **more,
+    )
 
 
 def _not_started(error: Exception) -> AxiconError:

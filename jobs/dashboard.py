@@ -59,9 +59,7 @@ class Dashboard:
             reason = getattr(error, "reason", None) or error
             raise self._unreachable(str(reason)) from None
         except ValueError:
-            raise AxiconError(
-                f"what answers at {self.url} is no dashboard of Ray; give another address="
-            ) from None
+            raise self._no_dashboard() from None
 
     def jobs(self) -> JobSubmissionClient:
         """Ray's own client. Raises AxiconError as `get` does, before Ray is imported."""
@@ -96,12 +94,17 @@ class Dashboard:
             "`axicon up` starts one on this machine, address=URL names another"
         )
 
+    def _no_dashboard(self) -> AxiconError:
+        return AxiconError(f"what answers at {self.url} is no dashboard of Ray; give another address=")
+
     def _refused(self, code: int, body: str) -> AxiconError:
         if code in (401, 403):
             what = f"the token from {self.token_from}" if self.token else "a request without a token"
             return AxiconError(
                 f"the cluster at {self.url} refuses {what}; name the file with its own in RAY_AUTH_TOKEN_PATH"
             )
+        if code == 404:
+            return self._no_dashboard()
         said = " ".join(body.split())[:300]
         return RunFailed(f"the cluster at {self.url} answers with an error ({code}: {said})")
 

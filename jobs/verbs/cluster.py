@@ -9,6 +9,7 @@ import click
 from axicon.recipe import Recipe
 from jobs.command import Verb, axicon
 from jobs.deploy import DeployRecipe
+from jobs.status import StatusRecipe
 from jobs.up import DownRecipe, UpRecipe
 
 R = TypeVar("R", bound=Recipe)
@@ -80,3 +81,25 @@ def deploy(words: tuple[str, ...]) -> None:
     from jobs import deploy as job
 
     job.run(read_words(DeployRecipe, words, "cluster"), say=click.echo)
+
+
+@axicon.command(cls=Verb.of(StatusRecipe))
+@words("NAME")
+@click.option("--json", "as_json", is_flag=True, help="Print it as JSON.")
+def status(words: tuple[str, ...], as_json: bool) -> None:
+    """Show the nodes, applications and jobs of the cluster NAME, or of any with address=URL.
+
+    \b
+    Examples:
+      axicon status
+      axicon status mine --json
+    """
+    from rich.console import Console
+
+    from jobs import status as job
+
+    found = job.look(read_words(StatusRecipe, words, "name"))
+    if as_json:
+        click.echo(job.as_json(found))
+    else:
+        job.show(found, Console())
