@@ -20,15 +20,14 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, Literal
 
-from rich.console import Console
 from rich.table import Table
 
 from axicon.errors import AxiconError
 from axicon.kernels import native
 from axicon.model import interchange
 from axicon.model.cachedir import cache_dir
-from jobs.lineage import UNFOLDED, size
 from jobs.manifest import Manifest
+from jobs.shown import console, duration, size
 
 State = Literal["in use", "current", "lasting", "obsolete", "leftover", "foreign"]
 """in use: by a living process. current: made again when needed. lasting: cannot be made again. obsolete: of
@@ -290,11 +289,8 @@ def _alone(item: Item) -> Iterator[bool]:
 
 
 def show(found: Sequence[Item], title: str) -> None:
-    """Print a table, folded to a terminal; elsewhere every line stays whole."""
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console.width = UNFOLDED
-    console.print(table(found, title))
+    """Print a table."""
+    console().print(table(found, title))
 
 
 def table(found: Sequence[Item], title: str) -> Table:
@@ -307,14 +303,6 @@ def table(found: Sequence[Item], title: str) -> Table:
     for item in found:
         result.add_row(item.name, item.what, size(item.bytes), duration(item.days), item.about)
     return result
-
-
-def duration(days: float) -> str:
-    """For a person: 5 min, 3 h, 12 days."""
-    minutes = days * 24 * 60
-    if minutes < 60:
-        return f"{minutes:.0f} min"
-    return f"{minutes / 60:.0f} h" if days < 2 else f"{days:.0f} days"
 
 
 def as_json(found: Sequence[Item]) -> list[dict[str, Any]]:

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from rich.console import Console
 from rich.text import Text
 from rich.tree import Tree
 
@@ -17,10 +16,10 @@ from axicon.model import checkpoint, interchange
 from axicon.model.cachedir import file_digest
 from jobs.manifest import Manifest, Parent
 from jobs.model_report import weight_bytes
+from jobs.shown import console, size
 
 State = Literal["here", "changed", "gone"]
 
-UNFOLDED = 4096
 GUIDES = ("    ", "|   ", "+-- ", "`-- ")
 
 
@@ -149,11 +148,8 @@ class PlainTree(Tree):
 
 
 def draw(root: Ancestor) -> None:
-    """Print the tree, folded to a terminal; elsewhere every line stays whole."""
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console.width = UNFOLDED
-    console.print(tree(root))
+    """Print the tree."""
+    console().print(tree(root))
 
 
 def tree(root: Ancestor) -> Tree:
@@ -191,16 +187,6 @@ def _from_here(source: str) -> str:
         if base != "/" and source.startswith(base + os.sep):
             return mark + source[len(base) :]
     return source
-
-
-def size(count: int) -> str:
-    """Bytes for a person, in powers of 1000: 269.1 MB."""
-    value, unit = float(count), "B"
-    for unit in ("B", "kB", "MB", "GB", "TB"):
-        if value < 999.95 or unit == "TB":
-            break
-        value /= 1000
-    return f"{count} B" if unit == "B" else f"{value:.1f} {unit}"
 
 
 def as_json(root: Ancestor) -> dict[str, Any]:

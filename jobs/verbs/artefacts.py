@@ -46,18 +46,19 @@ def cache(ctx: click.Context, as_json: bool) -> None:
         return
     from axicon.model.cachedir import cache_dir
     from jobs import cache as job
+    from jobs.shown import size
 
     found = job.items()
     if as_json:
         click.echo(json.dumps(job.as_json(found), indent=2, ensure_ascii=False))
         return
-    total = job.size(sum(item.bytes for item in found))
+    total = size(sum(item.bytes for item in found))
     if not found:
         click.echo(f"{cache_dir()} is empty")
         return
     job.show(found, f"{cache_dir()}, {total}")
     if useless := job.chosen(found):
-        click.echo(f"`axicon cache clean` would free {job.size(sum(item.bytes for item in useless))}")
+        click.echo(f"`axicon cache clean` would free {size(sum(item.bytes for item in useless))}")
 
 
 @cache.command()
@@ -84,6 +85,7 @@ def clean(
       axicon cache clean --older-than 30
     """
     from jobs import cache as job
+    from jobs.shown import size
 
     if names and everything:
         raise click.UsageError("give names or --all, not both")
@@ -95,7 +97,7 @@ def clean(
     if not picked:
         click.echo("nothing to remove")
         return
-    total = job.size(sum(item.bytes for item in picked))
+    total = size(sum(item.bytes for item in picked))
     job.show(picked, f"{len(picked)} to remove, {total}")
     if dry_run:
         return
