@@ -44,9 +44,11 @@ def follow(
         status = status_of(info)
         log = jobs.get_job_logs(name)
         whole = len(log) if status in ENDED else log.rfind("\n") + 1
-        for line in log[passed_on:whole].splitlines():
-            say(readable(line))
-        passed_on = max(passed_on, whole)
+        if whole > passed_on:
+            # A carriage return ends no line.
+            for line in log[passed_on:whole].removesuffix("\n").split("\n"):
+                say(readable(line))
+            passed_on = whole
         if status in ENDED:
             break
         now = time.monotonic()

@@ -81,7 +81,7 @@ def make(group: click.Group, verb: str, words: Sequence[str], *, here: bool, sen
         changed["out"] = str(Path("artifacts", verb).absolute())
     kept = [word for word in words if word.partition("=")[0] not in changed]
     final = [*kept, *(f"{key}={value}" for key, value in changed.items())]
-    inputs = tuple(path for key, paths in named.items() if key != "out" for path in paths)
+    inputs = tuple(path.absolute() for key, paths in named.items() if key != "out" for path in paths)
     return Plan(verb=verb, words=tuple(final), recipe=_resolved(command, verb, final), inputs=inputs)
 
 
