@@ -144,7 +144,7 @@ def _size(place: Path) -> int | None:
 class PlainTree(Tree):
     """A tree whose lines survive every terminal and log file."""
 
-    TREE_GUIDES = [GUIDES] * 3  # noqa: RUF012 - a list in the class it comes from
+    TREE_GUIDES = [GUIDES] * 3
 
 
 def draw(root: Ancestor) -> None:

@@ -17,12 +17,13 @@ def console() -> Console:
 
 def size(count: int) -> str:
     """Bytes in powers of 1000: 269.1 MB."""
-    value = float(count)
-    for unit in ("kB", "MB", "GB"):
+    if count < 1000:
+        return f"{count} B"
+    value, units = count / 1000, ["kB", "MB", "GB", "TB"]
+    while value >= 999.95 and len(units) > 1:
         value /= 1000
-        if value < 999.95:
-            break
-    return f"{count} B" if count < 1000 else f"{value:.1f} {unit}"
+        units.pop(0)
+    return f"{value:.1f} {units[0]}"
 
 
 def duration(days: float) -> str:
