@@ -229,7 +229,7 @@ class ShardGroup:
             if theirs.get(what) != value:
                 raise AxiconError(
                     f"{self._name(rank)} has {what} {theirs.get(what)}, this process {value}; install "
-                    " the same versions and the same model on every machine"
+                    "the same versions and the same model on every machine"
                 )
 
     def _beat(self) -> None:

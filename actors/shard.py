@@ -111,8 +111,11 @@ class Shard:
                     return
                 if op is Op.STEP:
                     self._step(runner, link, StepInput.unpack(payload))
+        except Lost as error:
+            # Somebody else is at fault, and rank 0 knows who.
+            log.warning("shard %d leaves: %s", link.rank, error)
         except Exception as error:
-            self._failure = str(error)
+            self._failure = f"{type(error).__name__}: {error}"
             log.exception("shard %d leaves its group", link.rank)
         finally:
             link.leave()

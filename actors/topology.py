@@ -20,7 +20,7 @@ def reserve(plan: Plan, cpus: int, timeout_s: float) -> PlacementGroup:
         remove_placement_group(group)
         free = ray.available_resources().get("CPU", 0)
         raise AxiconError(
-            f"{len(bundles)} shards of {cpus} CPU each found no room within {timeout_s:g} s, the cluster has "
-            f"{free:g} CPU free; add nodes, stop what runs there, or ask for fewer stages"
+            f"the shards need {len(bundles)} x {cpus} CPU, after {timeout_s:g} s the cluster had {free:g} "
+            "free; add nodes, stop what runs there, or ask for fewer stages"
         )
     return group
