@@ -199,7 +199,7 @@ class LocalServeRecipe(ServeRecipe):
 
 
 class EvaluateRecipe(ModelRecipe):
-    """What to measure of a model: perplexity on a text, tasks of lm-eval, or both."""
+    """What to measure of a model: perplexity on a text, tasks of lm-eval, speed, or several of them."""
 
     dtype: Dtype = Field("float32", description="numbers the model computes in")
     compressor: OptionalMethod = Field(None, description="applied after loading, such as llm_int8")
@@ -211,6 +211,7 @@ class EvaluateRecipe(ModelRecipe):
     data: Path | None = Field(None, description="folder with the data files of the tasks shipped with axicon")
     include: Paths = Field((), description="folders with further lm-eval task files")
     num_fewshot: int | None = Field(None, ge=0, description="examples shown; none: as the task says")
+    speed: bool = Field(False, description="true: also tokens/s at 1 and 8 streams, in bfloat16")
     limit: int | None = Field(None, ge=1, description="only the first so many questions of a task; none: all")
     batch: int = Field(1, ge=1, description="perplexity windows per pass; changes speed and memory only")
     seed: int = Field(1234, ge=0, description="of few-shot choice")

@@ -1,7 +1,8 @@
-"""`axicon evaluate`: perplexity on a text, tasks of lm-eval, or both; results in lm-eval's file format.
+"""`axicon evaluate`: perplexity on a text, tasks of lm-eval, speed; results in lm-eval's file format.
 
 What is written: `OUT/MODEL/results_TIME.json`, with the keys lm-eval's own command writes and ours under
-`axicon`, and `samples_TASK_TIME.jsonl` beside it. Programs that read lm-eval's results read these.
+`axicon`, and `samples_TASK_TIME.jsonl` beside it. Programs that read lm-eval's results read these. A model
+directory with a manifest of axicon also gets perplexity and speed into its `report.json`.
 """
 
 from __future__ import annotations
@@ -21,10 +22,15 @@ from axicon import __version__
 from axicon.data import join_rows, read_rows
 from axicon.errors import AxiconError
 from axicon.evaluate import Perplexity, perplexity
+from axicon.evaluate.answered import Answered
 from axicon.evaluate.run import Tasks
 from axicon.recipe import EvaluateRecipe
+from jobs.model_report import Speed
 from jobs.progress import Reporter
+from jobs.record import Record, measure_speed
 from jobs.report import Report, writable_folder, write_json, write_json_lines
+from jobs.stop import Stopped
+from jobs.submitted import digest
 
 DEFAULT_OUT = Path("artifacts/evaluate")
 RESULT_KEYS = (
@@ -45,31 +51,68 @@ def run(recipe: EvaluateRecipe, reporter: Reporter | None = None) -> Report:
     Everything that can be wrong with a recipe (a missing file, an unknown task, a folder that cannot be
     written) raises AxiconError before the model is asked anything.
     """
-    if recipe.text is None and not recipe.tasks:
-        raise AxiconError("nothing to measure: give text=FILE for perplexity, tasks=NAME,NAME, or both")
+    if recipe.text is None and not recipe.tasks and not recipe.speed:
+        raise AxiconError("nothing to measure: give text=FILE for perplexity, tasks=NAME,NAME, or speed=true")
     reporter = reporter or Reporter()
     started, clock = time.time(), time.perf_counter()
     text = None if recipe.text is None else join_rows(read_rows(recipe.text, column=recipe.column))
     tasks = Tasks(recipe.tasks, data_dir=recipe.data, include=recipe.include) if recipe.tasks else None
     subject = Subject(recipe)
     folder = writable_folder((recipe.out or DEFAULT_OUT) / subject.name.replace("/", "__"))
-    subject.load()
+    record = Record.open(subject.path)
+    if text is not None or tasks is not None:
+        subject.load()
 
-    measured = None if text is None else _perplexity(subject, text, reporter)
-    results = {} if tasks is None else _run_tasks(subject, tasks, reporter)
+    answered = Answered(folder / unfinished(recipe), subject.identity())
+    if answered.found:
+        reporter.say(f"going on from {answered.path}, where an earlier run was stopped")
+    with _kept(answered):
+        measured = None if text is None else _perplexity(subject, text, answered, reporter)
+        results = {} if tasks is None else _run_tasks(subject, tasks, answered, reporter)
+        subject.release()
+        speed = measure_speed(recipe, subject.path, reporter) if recipe.speed else None
 
     samples = results.pop("samples", {})
     content = {**_empty_results(recipe, started), **results, **_general(subject, clock)}
-    content["axicon"] = subject.describe() | {"perplexity": measured and measured.as_dict()}
+    content["axicon"] = subject.describe() | {
+        "perplexity": measured and measured.as_dict(),
+        "tokens_per_s": speed and speed.model_dump(by_alias=True),
+    }
     files = _write(folder, datetime.fromtimestamp(started), content, samples)
+    if record is not None and (note := record.add(recipe, measured, speed)):
+        reporter.say(note)
+    answered.remove()
     return Report(
         verb="evaluate",
         recipe=recipe,
-        metrics=_metrics(measured, results),
+        metrics=_metrics(measured, results, speed),
         seconds=time.perf_counter() - clock,
         files=files,
         details=content,
     )
+
+
+def unfinished(recipe: EvaluateRecipe) -> str:
+    """The file that a run which was stopped leaves in its folder, for the same recipe to go on from."""
+    asked = recipe.model_dump(mode="json", exclude={"out", "threads"})
+    return f"unfinished_{digest('evaluate', asked)}.json"
+
+
+@contextlib.contextmanager
+def _kept(answered: Answered) -> Iterator[None]:
+    """However the block is left before its end, what is measured so far lies on disk."""
+    try:
+        yield
+    except Stopped as stopped:
+        answered.write()
+        if not answered.empty:
+            where = f"what is measured so far is in {answered.path}"
+            stopped.kept = f"{where}; rerun the same command to continue"
+        raise
+    except Exception:
+        with contextlib.suppress(AxiconError):  # the first error is the one to tell
+            answered.write()
+        raise
 
 
 def table(report: Report) -> Table:
@@ -81,6 +124,12 @@ def table(report: Report) -> Table:
     if measured is not None:
         of = f"{measured['windows']} windows of {measured['window']}"
         result.add_row("text", "perplexity", f"{measured['value']:.4f}", "", of)
+    speed = report.details["axicon"]["tokens_per_s"]
+    for streams in Speed.figures if speed is not None else ():
+        value = speed[streams]
+        shown = "" if value is None else f"{value:.1f}"
+        of = speed["reason"].get(streams, f"{streams} stream{'s' if streams != '1' else ''}")
+        result.add_row("speed", "tokens/s", shown, "", of)
     for task, scores in report.details["results"].items():
         for key, value in _figures(scores):
             error = scores.get(f"{key[0]}_stderr,{key[1]}")
@@ -93,6 +142,7 @@ class Subject:
     """The model that is measured: found when this is made, read into memory by `load`."""
 
     def __init__(self, recipe: EvaluateRecipe) -> None:
+        from axicon.compress.walk import Compress
         from axicon.model import checkpoint
 
         self.recipe = recipe
@@ -100,6 +150,9 @@ class Subject:
         self.path = checkpoint.resolve(recipe.model, offline=recipe.offline, revision=recipe.revision)
         self.name = checkpoint.model_id(recipe.model)
         self.fingerprint: str | None = None
+        self.digest = checkpoint.digest(self.path)
+        if self.compressor is not None:
+            self.digest += f" {Compress(self.compressor)}"
 
     def load(self) -> None:
         import torch
@@ -112,11 +165,12 @@ class Subject:
         torch.set_num_threads(recipe.threads or cores())
         self.tokenizer = checkpoint.load_tokenizer(self.path)
         self.decoder = checkpoint.load(self.path, dtype=getattr(torch, recipe.dtype))
-        self.digest = checkpoint.digest(self.path)
         if self.compressor is not None:
-            change = Compress(self.compressor)
-            self.decoder = change(self.decoder)
-            self.digest += f" {change}"
+            self.decoder = Compress(self.compressor)(self.decoder)
+
+    def release(self) -> None:
+        """Give the memory of the weights back."""
+        self.__dict__.pop("decoder", None)
 
     def make_engine(self) -> Any:
         """The engine that generates, over the same weights; its fingerprint goes into the results."""
@@ -130,14 +184,24 @@ class Subject:
 
     def describe(self) -> dict[str, Any]:
         """How the figures came to be."""
+        identity = self.identity()
+        return {
+            "version": identity.pop("version"),
+            "recipe": self.recipe.model_dump(mode="json"),
+            "model_sha256": identity.pop("model_sha256"),
+            "system_fingerprint": self.fingerprint,
+            **{key: value for key, value in identity.items() if key != "dtype"},
+        }
+
+    def identity(self) -> dict[str, Any]:
+        """What decides the bits of an answer beside the question."""
         import torch
         import transformers
 
         return {
             "version": __version__,
-            "recipe": self.recipe.model_dump(mode="json"),
             "model_sha256": self.digest,
-            "system_fingerprint": self.fingerprint,
+            "dtype": self.recipe.dtype,
             "threads": torch.get_num_threads(),
             "cpu": torch.backends.cpu.get_cpu_capability(),
             "machine": platform.machine(),
@@ -146,7 +210,7 @@ class Subject:
         }
 
 
-def _perplexity(subject: Subject, text: str, reporter: Reporter) -> Perplexity:
+def _perplexity(subject: Subject, text: str, answered: Answered, reporter: Reporter) -> Perplexity:
     recipe = subject.recipe
     with reporter.track("perplexity") as advance:
         return perplexity(
@@ -157,10 +221,11 @@ def _perplexity(subject: Subject, text: str, reporter: Reporter) -> Perplexity:
             windows=recipe.windows,
             batch=recipe.batch,
             progress=lambda done, total, value: advance(done, total, f"{value:.4f}"),
+            answered=answered,
         )
 
 
-def _run_tasks(subject: Subject, tasks: Tasks, reporter: Reporter) -> dict[str, Any]:
+def _run_tasks(subject: Subject, tasks: Tasks, answered: Answered, reporter: Reporter) -> dict[str, Any]:
     from axicon.evaluate.harness import AxiconLM
 
     recipe = subject.recipe
@@ -172,6 +237,7 @@ def _run_tasks(subject: Subject, tasks: Tasks, reporter: Reporter) -> dict[str, 
             make_engine=subject.make_engine,
             seed=recipe.seed,
             progress=lambda what, done, total: advance(done, total, what),
+            answered=answered,
         )
         with _unheard(reporter):
             results = tasks.run(lm, limit=recipe.limit, fewshot=recipe.num_fewshot, seed=recipe.seed)
@@ -259,8 +325,13 @@ def _metric_name(key: tuple[str, str]) -> str:
     return metric if filtered == "none" else f"{metric} ({filtered})"
 
 
-def _metrics(measured: Perplexity | None, results: Mapping[str, Any]) -> dict[str, float]:
+def _metrics(
+    measured: Perplexity | None, results: Mapping[str, Any], speed: Speed | None
+) -> dict[str, float]:
     metrics = {} if measured is None else {"perplexity": measured.value}
+    for streams in Speed.figures:
+        if speed is not None and (value := speed.get(streams)) is not None:
+            metrics[f"tokens_per_s/{streams}"] = value
     for task, scores in results.get("results", {}).items():
         metrics |= {f"{task}/{_metric_name(key)}": value for key, value in _figures(scores)}
     return metrics
