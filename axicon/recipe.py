@@ -88,7 +88,7 @@ class Method(Recipe):
     """
 
     model_config = ConfigDict(extra="allow")
-    method: str = Field(min_length=1)
+    method: str = Field(min_length=1, description="name of the method")
 
     def build(self, table: Mapping[str, type[T]], key: str) -> T:
         """The method as an object. Raises AxiconError for an unknown name or setting, or a wrong value."""
@@ -134,12 +134,23 @@ class ModelRecipe(Recipe):
     )
     threads: int | None = Field(None, ge=1, le=1024, description="compute threads; none: one per core")
 
-    def build_compressor(self) -> Compressor | None:
-        """What to do to the model after loading. Raises AxiconError for a method that needs data."""
+    def build_compressor(self, packed: Sequence[str] = ()) -> Compressor | None:
+        """What to do to the model after loading.
+
+        `packed` are the formats it is stored in, if it was compressed before: then there is nothing to do.
+        Raises AxiconError for a method named nevertheless, and for one that needs data.
+        """
         from axicon.compress import COMPRESSORS
         from axicon.kernels import native
 
         method = self.compressor
+        if packed and method is not None and method != AUTO:
+            raise AxiconError(
+                f"compressor={method.method}: {self.model} is compressed already ({', '.join(packed)}); "
+                "leave compressor out, or name the dense model it was made from"
+            )
+        if packed:
+            return None
         if method == AUTO:
             # In torch, int8 is slower than bfloat16 (0.6 of it, measured): only the kernels make it pay.
             fast = self.dtype == "bfloat16" and native.why_unavailable() is None
@@ -196,6 +207,20 @@ class LocalServeRecipe(ServeRecipe):
     def app_args(self) -> dict[str, Any]:
         """The part that `services.app:build` takes, as plain data."""
         return self.model_dump(mode="json", include=set(ServeRecipe.model_fields))
+
+
+class CompressRecipe(ModelRecipe):
+    """How a model is made smaller, where the result lies, and what is measured of it."""
+
+    compressor: Annotated[Method, BeforeValidator(named_method)] = Field(
+        SERVED_BY_DEFAULT, description="the method; its settings beside it, as compressor.NAME"
+    )
+    out: Path | None = Field(None, description="directory to make; none: artifacts/models/MODEL-METHOD")
+    measure: bool = Field(True, description="false: no tokens per second, which take some seconds")
+    text: str | None = Field(None, description="perplexity before and after on this text or hub data set")
+    column: str = Field("text", description="the field that holds the text of a record")
+    window: int = Field(2048, ge=2, description="tokens per perplexity window")
+    windows: int | None = Field(None, ge=1, description="only the first so many windows; none: all")
 
 
 class EvaluateRecipe(ModelRecipe):

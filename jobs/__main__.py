@@ -12,7 +12,15 @@ from axicon.errors import AxiconError, RunFailed
 from jobs.command import FAILED, WRONG_INPUT, axicon, debug
 from jobs.stop import Stopped, stop_on_signal
 from jobs.submitted import keep_lines_whole, succeeded
-from jobs.verbs import artefacts, cluster, machine, measure, server, submit  # noqa: F401 - each adds its verbs
+from jobs.verbs import (  # noqa: F401 - each adds its verbs
+    artefacts,
+    cluster,
+    machine,
+    measure,
+    models,
+    server,
+    submit,
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

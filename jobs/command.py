@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -56,16 +56,39 @@ def _typed(value: Any) -> str:
     return ",".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
-def read_recipe(kind: type[R], words: Sequence[str]) -> R:
-    """A recipe from what was typed: perhaps a model or a recipe file, then key=value words."""
+def name_of_model(word: str) -> dict[str, Any]:
+    """What a first word without `=` means to most verbs."""
+    return {"model": word}
+
+
+def read_recipe(
+    kind: type[R], words: Sequence[str], first_word: Callable[[str], dict[str, Any]] = name_of_model
+) -> R:
+    """A recipe from what was typed: perhaps a recipe file or what `first_word` reads, then key=value words.
+
+    Raises AxiconError.
+    """
     words = list(words)
     values: dict[str, Any] = {}
     if words and "=" not in words[0]:
         first = words.pop(0)
-        values = read_file(Path(first)) if first.endswith((".yaml", ".yml")) else {"model": first}
+        is_file = first.endswith((".yaml", ".yml"))
+        values = read_file(shipped(first) or Path(first)) if is_file else first_word(first)
     recipe = kind.parse(words, **values)
     context = click.get_current_context(silent=True)
     return recipe if context is None else begin(context.info_name or "", recipe)
+
+
+def shipped(name: str) -> Path | None:
+    """A recipe that comes with axicon, by the name of its file, where no such file lies here.
+
+    In a checkout they are beside the packages, in a wheel inside this one.
+    """
+    path, here = Path(name), Path(__file__).parent
+    if path.exists() or name not in (path.name, f"recipes/{path.name}"):
+        return None
+    places = (folder / "recipes" / path.name for folder in (here, here.parent))
+    return next((place for place in places if place.is_file()), None)
 
 
 def read_file(path: Path) -> dict[str, Any]:
@@ -95,6 +118,7 @@ def axicon() -> None:
       axicon serve demo                      an OpenAI-style endpoint on http://127.0.0.1:8000
       axicon serve demo port=8001 threads=1  another, with one compute thread
       axicon evaluate demo text=FILE         perplexity of a model on a text
+      axicon compress llm_int8 model=demo    a smaller copy of it on disk
       axicon doctor                          what this machine has, and what is unsafe
     """
 

@@ -131,10 +131,10 @@ def table(report: Report) -> Table:
         of = speed["reason"].get(streams, f"{streams} stream{'s' if streams != '1' else ''}")
         result.add_row("speed", "tokens/s", shown, "", of)
     for task, scores in report.details["results"].items():
-        for key, value in _figures(scores):
+        for key, value in figures(scores):
             error = scores.get(f"{key[0]}_stderr,{key[1]}")
             spread = f"± {error:.4f}" if isinstance(error, float) else ""
-            result.add_row(task, _metric_name(key), f"{value:.4f}", spread, str(scores.get("sample_len", "")))
+            result.add_row(task, metric_name(key), f"{value:.4f}", spread, str(scores.get("sample_len", "")))
     return result
 
 
@@ -146,8 +146,9 @@ class Subject:
         from axicon.model import checkpoint
 
         self.recipe = recipe
-        self.compressor = recipe.build_compressor()
+        recipe.build_compressor()  # a wrong name or setting shows before a download
         self.path = checkpoint.resolve(recipe.model, offline=recipe.offline, revision=recipe.revision)
+        self.compressor = recipe.build_compressor(checkpoint.packed_formats(self.path))
         self.name = checkpoint.model_id(recipe.model)
         self.fingerprint: str | None = None
         self.digest = checkpoint.digest(self.path)
@@ -312,7 +313,7 @@ def _texts(value: Any) -> Any:
     return [_texts(item) for item in value] if isinstance(value, list | tuple) else str(value)
 
 
-def _figures(scores: Mapping[str, Any]) -> Iterator[tuple[tuple[str, str], float]]:
+def figures(scores: Mapping[str, Any]) -> Iterator[tuple[tuple[str, str], float]]:
     """((metric, filter), value) of one task, without the standard errors."""
     for key, value in scores.items():
         metric, comma, filtered = key.partition(",")
@@ -320,7 +321,7 @@ def _figures(scores: Mapping[str, Any]) -> Iterator[tuple[tuple[str, str], float
             yield (metric, filtered), float(value)
 
 
-def _metric_name(key: tuple[str, str]) -> str:
+def metric_name(key: tuple[str, str]) -> str:
     metric, filtered = key
     return metric if filtered == "none" else f"{metric} ({filtered})"
 
@@ -333,5 +334,5 @@ def _metrics(
         if speed is not None and (value := speed.get(streams)) is not None:
             metrics[f"tokens_per_s/{streams}"] = value
     for task, scores in results.get("results", {}).items():
-        metrics |= {f"{task}/{_metric_name(key)}": value for key, value in _figures(scores)}
+        metrics |= {f"{task}/{metric_name(key)}": value for key, value in figures(scores)}
     return metrics

@@ -57,6 +57,7 @@ def look(recipe: LocalServeRecipe) -> dict[str, Any]:
 
     recipe.build_compressor()  # a wrong name or setting is found before anything is downloaded
     folder = checkpoint.resolve(recipe.model, offline=recipe.offline, revision=recipe.revision)
+    recipe.build_compressor(checkpoint.packed_formats(folder))  # refuses one for a model that is packed
     checkpoint.check(folder, dtype=getattr(torch, recipe.dtype))
     name = recipe.served_name or checkpoint.model_id(recipe.model)
     return {"model": str(folder), "revision": None, "served_name": name}

@@ -31,8 +31,9 @@ def measure_speed(recipe: EvaluateRecipe, folder: Path, reporter: Reporter) -> S
     from axicon.compress.walk import Compress
     from axicon.evaluate import speed
     from axicon.generate.build import build_engine
+    from axicon.model import checkpoint
 
-    compressor = recipe.build_compressor()
+    compressor = recipe.build_compressor(checkpoint.packed_formats(folder))
     engine = build_engine(
         str(folder),
         dtype=SPEED_DTYPE,

@@ -26,6 +26,7 @@ from services.stream import Mailbox, Stream
 from services.text import Text
 
 if TYPE_CHECKING:
+    from axicon.generate.engine import Engine
     from axicon.generate.thread import EngineThread
 
 log = logging.getLogger("axicon")
@@ -46,9 +47,9 @@ def engine_thread(recipe: ServeRecipe) -> EngineThread:
     from axicon.compress.walk import Compress
     from axicon.generate.build import build_engine
     from axicon.generate.thread import EngineThread
+    from axicon.model import checkpoint
 
-    compressor = recipe.build_compressor()
-
+    recipe.build_compressor()  # a wrong name or setting shows before the thread is started
     limits = Limits(
         max_queue=recipe.max_queue,
         max_model_len=recipe.max_model_len,
@@ -56,20 +57,22 @@ def engine_thread(recipe: ServeRecipe) -> EngineThread:
         max_stops=recipe.limits.stops,
         max_logit_bias=recipe.limits.logit_bias,
     )
-    return EngineThread(
-        lambda: build_engine(
-            recipe.model,
+
+    def build() -> Engine:
+        folder = checkpoint.resolve(recipe.model, offline=recipe.offline, revision=recipe.revision)
+        compressor = recipe.build_compressor(checkpoint.packed_formats(folder))
+        return build_engine(
+            str(folder),
             dtype=recipe.dtype,
             threads=recipe.threads,
             kv_gib=recipe.kv_gib,
             max_rows=recipe.max_rows,
             prefill_chunk=recipe.prefill_chunk,
-            revision=recipe.revision,
-            offline=recipe.offline,
             limits=limits,
             transform=None if compressor is None else Compress(compressor),
         )
-    )
+
+    return EngineThread(build)
 
 
 class GenerationServer:

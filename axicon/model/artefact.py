@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from axicon.errors import AxiconError
+from axicon.model import safety
 
 FORMAT_VERSION = 1
 """Version of `manifest.json` and of the directory around it."""
@@ -191,6 +192,19 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 def sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    """The manifest of a directory, None without one. Raises AxiconError for one of another version."""
+    path = folder / MANIFEST
+    if not path.exists():
+        return None
+    content = safety.read_json(path)
+    version = content.get("format_version")
+    if version != FORMAT_VERSION:
+        raise AxiconError(
+            f"{path}: format version {version!r}, this axicon reads {FORMAT_VERSION}; update axicon")
+    return content
 
 
 def write_manifest(folder: Path, **content: Any) -> None:

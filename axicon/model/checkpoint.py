@@ -19,7 +19,7 @@ import torch
 
 from axicon.errors import AxiconError
 from axicon.model import hub, interchange, safety
-from axicon.model.artefact import FORMAT_VERSION
+from axicon.model.artefact import read_manifest
 from axicon.model.cachedir import cache_dir, file_digest, hold
 from axicon.model.decoder import Decoder
 from axicon.model.formats import Packing, install, read_packing
@@ -132,7 +132,7 @@ class _Plan:
 
 def _plan(path: str | Path, dtype: torch.dtype | None, blocks: range | None) -> _Plan:
     folder = resolve(path)
-    manifest = _manifest(folder)
+    manifest = read_manifest(folder) or {}
     decoder, stored, places = _read(folder, manifest, blocks)
     if dtype is None:
         dense = (stored[name].entry.dtype for name, place in places.items() if place.dtype is None)
@@ -203,18 +203,6 @@ def digest(path: str | Path) -> str:
     for name in ["config.json", *weight_files(folder)]:
         total.update(f"{name} {file_digest(folder / name)}\n".encode())
     return total.hexdigest()
-
-
-def _manifest(folder: Path) -> dict[str, Any]:
-    path = folder / "manifest.json"
-    if not path.exists():
-        return {}
-    manifest = safety.read_json(path)
-    version = manifest.get("format_version")
-    if version != FORMAT_VERSION:
-        raise AxiconError(
-            f"{path}: format version {version!r}, this axicon reads {FORMAT_VERSION}; update axicon")
-    return manifest
 
 
 def _check_names(

@@ -1,0 +1,258 @@
+"""`axicon compress`: a smaller copy of a model, written block by block, with what is measured of it.
+
+What is written: the model directory, with `manifest.json` over it and `report.json` beside that. The manifest
+says what decides the bytes, the report what they are worth; only the report is ever written again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import platform
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+import transformers
+from rich.table import Table
+
+from axicon import __version__
+from axicon.compress.directory import write_compressed
+from axicon.compress.estimate import estimate
+from axicon.errors import AxiconError, RunFailed
+from axicon.model import checkpoint
+from axicon.model.artefact import atomic_directory, claim, read_manifest, write_manifest
+from axicon.model.intact import problems
+from axicon.model.machine import cores
+from axicon.protocols import Compressor
+from axicon.recipe import CompressRecipe
+from jobs.figures import Measure, sizes
+from jobs.model_report import ModelReport
+from jobs.progress import Reporter
+from jobs.report import Report
+from jobs.shown import size
+
+DEFAULT_OUT = Path("artifacts/models")
+
+
+def run(recipe: CompressRecipe, reporter: Reporter | None = None) -> Report:
+    """Make the directory that the recipe describes, unless it is there already, and measure it.
+
+    Raises AxiconError, with nothing written, for what can be known before the work, memory and disk among
+    it, and when the directory cannot be written. Afterwards the model is whole; a figure that cannot be
+    measured is null with its reason.
+    """
+    reporter = reporter or Reporter()
+    clock = time.perf_counter()
+    torch.set_num_threads(recipe.threads or cores())
+    plan = Plan.of(recipe)
+    measure = Measure.of(recipe, plan.source)
+    with claim(plan.target):
+        done = plan.is_done()
+        if done:
+            reporter.say(f"{plan.target} is there already, made by this recipe, and intact")
+        else:
+            _make(plan, measure, reporter)
+    figures = ModelReport.read(plan.target) if done else measure.run(plan.target, reporter)
+    return Report(
+        verb="compress",
+        recipe=recipe,
+        metrics=_metrics(figures),
+        seconds=time.perf_counter() - clock,
+        files=(plan.target,),
+        details=figures.model_dump(mode="json", by_alias=True) | {"name": plan.target.name, "done": done},
+    )
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A recipe with everything found that it names."""
+
+    recipe: CompressRecipe
+    compressor: Compressor
+    source: Path
+    target: Path
+    chain: tuple[Mapping[str, Any], ...]
+    """The parent's methods, then this one."""
+    parent: Mapping[str, Any]
+    licence: str | None
+
+    @classmethod
+    def of(cls, recipe: CompressRecipe) -> Self:
+        """Raises AxiconError for what is not there or does not fit."""
+        compressor = build(recipe)
+        source = checkpoint.resolve(recipe.model, offline=recipe.offline, revision=recipe.revision)
+        if packed := checkpoint.packed_formats(source):
+            raise AxiconError(
+                f"model={recipe.model} is compressed already ({', '.join(packed)}); name the dense model it was "
+                "made from"
+            )
+        checkpoint.check_headers(source)
+        name, method = checkpoint.model_id(recipe.model), recipe.compressor.method
+        out = recipe.out or DEFAULT_OUT / f"{name.replace('/', '--')}-{method}"
+        settings = dataclasses.asdict(compressor)  # type: ignore[call-overload]
+        manifest = read_manifest(source) or {}
+        link = {"method": method, "settings": _plain(settings), "axicon": __version__}
+        return cls(
+            recipe=recipe,
+            compressor=compressor,
+            source=source,
+            target=out.expanduser().absolute(),
+            chain=(*manifest.get("chain", ()), link),
+            parent={
+                "name": name,
+                "sha256": checkpoint.digest(source),
+                "source": source_of(recipe.model, source),
+            },
+            licence=manifest.get("licence"),
+        )
+
+    def facts(self) -> dict[str, Any]:
+        """What the manifest says beside the files."""
+        threads = torch.get_num_threads()
+        recipe = self.recipe.model_dump(mode="json", exclude={"out"}) | {
+            "threads": threads,
+            "compressor": {"method": self.recipe.compressor.method, **self.chain[-1]["settings"]},
+        }
+        return {
+            "kind": "model",
+            "name": self.target.name,
+            "chain": list(self.chain),
+            "parents": [self.parent],
+            "licence": self.licence,
+            "recipe": recipe,
+            "versions": {
+                "axicon": __version__,
+                "torch": torch.__version__,
+                "transformers": transformers.__version__,
+                "python": platform.python_version(),
+            },
+            "machine": {"isa": torch.backends.cpu.get_cpu_capability(), "threads": threads},
+        }
+
+    def is_done(self) -> bool:
+        """Whether the target is what this would make. Raises AxiconError when it is something else."""
+        if not self.target.exists():
+            return False
+        manifest = read_manifest(self.target) if self.target.is_dir() else None
+        if manifest is None:
+            raise AxiconError(f"out={self.target} exists already; choose another directory or remove it")
+        if other := self._difference(manifest):
+            raise AxiconError(
+                f"out={self.target} holds another model ({other}); choose another directory or remove it"
+            )
+        if found := problems(self.target):
+            one = found[0]
+            raise RunFailed(
+                f"{self.target} was made by this recipe and is damaged now ({one.file} {one.what}); "
+                "remove it and run again"
+            )
+        return True
+
+    def _difference(self, manifest: Mapping[str, Any]) -> str:
+        """What that decides the bytes is another there; empty if nothing is."""
+        recipe, [parent] = manifest.get("recipe", {}), manifest.get("parents") or [{}]
+        if recipe.get("dtype") != self.recipe.dtype:
+            return f"dtype {recipe.get('dtype')}, not {self.recipe.dtype}"
+        if parent.get("sha256") != self.parent["sha256"]:
+            return f"made from {parent.get('source')}, or from another version of it"
+        theirs = [(link.get("method"), link.get("settings")) for link in manifest.get("chain", ())]
+        if theirs == [(link["method"], link["settings"]) for link in self.chain]:
+            return ""
+        method, settings = theirs[-1] if theirs else ("no method", {})
+        ours = self.chain[-1]["settings"]
+        changed = [f"{key}={value}" for key, value in (settings or {}).items() if ours.get(key) != value]
+        return f"made by {method} with {', '.join(changed) or 'other methods before it'}"
+
+
+def build(recipe: CompressRecipe) -> Compressor:
+    """The method. Raises AxiconError for an unknown one (`auto` is none), and for one that needs data."""
+    from axicon.compress import COMPRESSORS
+
+    compressor = recipe.compressor.build(COMPRESSORS, "compressor")
+    if compressor.needs_inputs:
+        raise AxiconError(f"compressor={recipe.compressor.method} needs calibration data; none is here")
+    return compressor
+
+
+def source_of(model: str, folder: Path) -> str:
+    """How a model can be found again: `demo`, a path, or the hub's id with its commit."""
+    path = Path(model).expanduser()
+    if model == "demo":
+        return model
+    return str(path.resolve()) if path.exists() else f"{model.partition('@')[0]}@{folder.name}"
+
+
+def _make(plan: Plan, measure: Measure, reporter: Reporter) -> None:
+    dtype = getattr(torch, plan.recipe.dtype)
+    need = estimate(plan.compressor, plan.source, dtype)
+    need.check(plan.source, plan.target)
+    reporter.say(
+        f"{plan.parent['name']} by {plan.recipe.compressor.method} takes about {_seconds(need.seconds)}, "
+        f"{size(need.memory)} of memory and {size(need.disk)} of disk (one block took "
+        f"{need.block_seconds:.2f} s)"
+    )
+    with atomic_directory(plan.target) as folder, reporter.track("blocks") as advance:
+        write_compressed(
+            plan.compressor,
+            plan.source,
+            folder,
+            dtype=dtype,
+            progress=lambda done, total: advance(done, total, ""),
+        )
+        write_manifest(folder, **plan.facts())
+        measure.sizes = sizes(folder, plan.source)
+        measure.report("the run ended before it was measured").write(folder)
+
+
+def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """As JSON has it."""
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in settings.items()}
+
+
+def _seconds(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
+
+
+def _metrics(report: ModelReport) -> dict[str, float]:
+    known = {
+        "bytes": report.bytes.total,
+        "dense_bytes": report.bytes.dense_total,
+        "perplexity": report.perplexity.compressed,
+        "dense_perplexity": report.perplexity.dense,
+        "tokens_per_s": report.tokens_per_s.one,
+        "tokens_per_s_8": report.tokens_per_s.eight,
+    }
+    return {key: float(value) for key, value in known.items() if value is not None}
+
+
+def table(report: Report) -> Table:
+    """What a person wants to see of it first."""
+    figures = ModelReport.model_validate(report.details)
+    result = Table(title=f"{report.details['name']}, {report.seconds:.0f} s", title_justify="left")
+    result.add_column("")
+    for column in ("dense", "compressed"):
+        result.add_column(column, justify="right")
+    weights, parts = figures.bytes, figures.bytes.model_extra or {}
+    if weights.total is not None and weights.dense_total:
+        share = weights.total / weights.dense_total
+        result.add_row("weights", size(weights.dense_total), f"{size(weights.total)} ({share:.0%})")
+    for part in ("embedding", "blocks", "head"):
+        if parts.get(part):
+            result.add_row(f"  {part}", "", size(parts[part]))
+    perplexity = figures.perplexity
+    if perplexity.compressed is not None:
+        dense = "" if perplexity.dense is None else f"{perplexity.dense:.4f}"
+        result.add_row(f"perplexity, {perplexity.windows} windows", dense, f"{perplexity.compressed:.4f}")
+    for streams, value in (("1", figures.tokens_per_s.one), ("8", figures.tokens_per_s.eight)):
+        if value is not None:
+            result.add_row(f"tokens/s, {streams} at once", "", f"{value:.1f}")
+    return result
+
+
+def next_step(report: Report) -> str:
+    """Where the model lies, and how it is served."""
+    [folder] = report.files
+    return f"it lies in {folder}\nserve it: axicon serve {folder}"
