@@ -137,9 +137,8 @@ def curl(url: str, recipe: ServeRecipe) -> str:
 
 def jobs_line(port: int, folder: Path) -> str:
     """How to submit a job to this cluster from another terminal."""
-    token = f"RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH={folder}/token"
-    address = f"--address http://127.0.0.1:{port}"
-    return f"jobs: {token} ray job submit {address} --working-dir . -- python -m jobs evaluate --help"
+    words = f"--address http://127.0.0.1:{port} evaluate MODEL text=FILE"
+    return f"jobs: RAY_AUTH_TOKEN_PATH={folder}/token axicon submit {words}"
 
 
 def watch() -> None:
