@@ -1,1 +1,1 @@
-"""State that lives on GPUs: actors that hold shards of a model. `ray.remote` is applied here only."""
+"""State that lives on accelerators: shards of a model. `ray.remote` is applied in `group.py` only."""

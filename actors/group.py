@@ -253,6 +253,8 @@ class ShardGroup:
 
     def _conditions(self) -> dict[int, str]:
         """What ails each shard; empty where nothing does."""
+        if not ray.is_initialized():  # asking would start another Ray
+            return {}
         answers = {shard.ping.remote(): rank for rank, shard in enumerate(self._shards, 1)}
         ready, silent = ray.wait(list(answers), num_returns=len(answers), timeout=PING_S)
         found = {answers[answer]: "it does not answer" for answer in silent}

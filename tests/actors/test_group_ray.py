@@ -61,6 +61,16 @@ def test_a_closed_group_says_so(found: dict[str, Any]) -> None:
     assert found["llama"]["closed"] == "RunFailed: the model was closed"
 
 
+def test_a_step_that_fails_is_told_and_the_group_goes_on(found: dict[str, Any]) -> None:
+    case = found["llama"]["failures"]
+    assert case["shard"] == (
+        "RunFailed: shard 1 (blocks 2-2) failed to compute a step: MemoryError: no more extents"
+    )
+    assert case["commit"].startswith("ValueError: commits (0,)"), "rank 0 still holds its nodes"
+    assert case["own"] == "ValueError: broken on purpose"
+    assert case["equal"]
+
+
 def test_a_killed_shard_is_told_at_once(found: dict[str, Any]) -> None:
     case = found["opt"]
     assert case["first"] == case["second"]

@@ -125,8 +125,45 @@ def equality(group: ShardGroup, model: Path) -> dict[str, object]:
 def llama(model: Path) -> dict[str, object]:
     with ShardGroup(str(model), 2, **SETTINGS) as group:
         processes = pids(group)
-        found = equality(group, model)
+        found = equality(group, model) | {"failures": failures(group)}
     return found | {"gone": gone(processes), "placed": placed(), "closed": told(lambda: tree(group))}
+
+
+def failures(group: ShardGroup) -> dict[str, object]:
+    """A step fails in the shard, then one in rank 0; after each the group goes on."""
+    prompt = step([(5 + i, i, 0, i - 1) for i in range(9)], reserves=((0, 64),))
+    before = tree(group)
+    ray.get(group._shards[0].__ray_call__.remote(fails_once))
+    found: dict[str, object] = {
+        "shard": told(lambda: group.forward(prompt)),
+        "commit": told(lambda: group.forward(step([], commits=(0,)))),
+    }
+    group.forward(step([], releases=(0,)))
+    equal = [tree(group)]
+    compute = group._runner.compute
+    group._runner.compute = broken  # type: ignore[method-assign, assignment]
+    found["own"] = told(lambda: group.forward(prompt))
+    group._runner.compute = compute  # type: ignore[method-assign]
+    group.forward(step([], releases=(0,)))
+    equal.append(tree(group))
+    same = [torch.equal(a, b) for after in equal for a, b in zip(before, after, strict=True)]
+    return found | {"equal": all(same)}
+
+
+def broken(*_: object) -> torch.Tensor:
+    raise ValueError("broken on purpose")
+
+
+def fails_once(shard: actors.shard.Shard) -> None:
+    runner = shard._runner
+    assert runner is not None
+    compute = runner.compute
+
+    def once(*_: object) -> torch.Tensor:
+        runner.compute = compute  # type: ignore[method-assign]
+        raise MemoryError("no more extents")
+
+    runner.compute = once  # type: ignore[method-assign, assignment]
 
 
 def opt(model: Path) -> dict[str, object]:
