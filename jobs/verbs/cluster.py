@@ -9,6 +9,7 @@ import click
 from axicon.recipe import Recipe
 from jobs.command import Verb, axicon
 from jobs.deploy import DeployRecipe
+from jobs.render import KuberayRecipe, OnpremRecipe
 from jobs.status import StatusRecipe
 from jobs.up import DownRecipe, UpRecipe
 
@@ -22,6 +23,11 @@ def read_words(kind: type[R], words: tuple[str, ...], first: str, **options: Any
         values[first], *rest = words
         return kind.parse(rest, **values)
     return kind.parse(words, **values)
+
+
+def warn(lines: list[str]) -> None:
+    for line in lines:
+        click.echo(f"warning: {line}", err=True)
 
 
 def words(metavar: str) -> Any:
@@ -103,3 +109,52 @@ def status(words: tuple[str, ...], as_json: bool) -> None:
         click.echo(job.as_json(found))
     else:
         job.show(found, Console())
+
+
+@axicon.group()
+def render() -> None:
+    """Write CLUSTER.YAML for Kubernetes (kuberay) or for machines that are there already (onprem).
+
+    \b
+    Examples:
+      axicon render kuberay image=registry.example/axicon:1 out=axicon.yaml
+      axicon render onprem head=10.0.0.1 workers=10.0.0.2,gpu@10.0.0.3 out=onprem.yaml
+    """
+
+
+@render.command(cls=Verb.of(KuberayRecipe))
+@words("CLUSTER.YAML")
+def kuberay(words: tuple[str, ...]) -> None:
+    """A RayService with the node table and the Serve configuration, and a RayJob for every job.
+
+    \b
+    Examples:
+      axicon render kuberay | kubectl apply -f -
+      axicon render kuberay cluster.yaml image=registry.example/axicon:1 out=axicon.yaml
+    """
+    from jobs import cluster_file
+    from jobs import render as job
+
+    recipe = read_words(KuberayRecipe, words, "cluster")
+    file = cluster_file.read(recipe.cluster)
+    warn(file.warnings())
+    click.echo(job.run(job.kuberay(file, recipe), recipe.out))
+
+
+@render.command(cls=Verb.of(OnpremRecipe))
+@words("CLUSTER.YAML")
+def onprem(words: tuple[str, ...]) -> None:
+    """A cluster.yaml for `ray up` on machines with addresses, which takes no node table.
+
+    \b
+    Examples:
+      axicon render onprem head=10.0.0.1 workers=10.0.0.2,10.0.0.3 out=onprem.yaml
+      axicon render onprem cluster.yaml head=10.0.0.1 workers=cpu@10.0.0.2,gpu@10.0.0.3
+    """
+    from jobs import cluster_file
+    from jobs import render as job
+
+    recipe = read_words(OnpremRecipe, words, "cluster")
+    file = cluster_file.read(recipe.cluster)
+    warn(file.warnings())
+    click.echo(job.run(job.onprem(file, recipe), recipe.out))

@@ -66,7 +66,8 @@ def test_start_commands_export_exactly_the_environment_of_metadata(
     config: dict[str, Any], commands: str
 ) -> None:
     found = exports(config[commands])
-    own = {"PATH", "RAY_SERVE_HAPROXY_BINARY_PATH", "AXICON_API_KEYS"}
+    own = {"PATH", "RAY_SERVE_HAPROXY_BINARY_PATH", "AXICON_API_KEYS", "AXICON_STORAGE"}
+    assert found["AXICON_STORAGE"] == config["metadata"]["storage_path"]
     assert {name: value for name, value in found.items() if name not in own} == config["metadata"]["env"]
     assert found.keys() >= own
 
