@@ -161,6 +161,13 @@ class AxiconInt8(Axicon):
         return _weight_bytes(model, "int8")
 
 
+class AxiconInt8Sampled(AxiconInt8):
+    """The same, drawing its tokens: what sampling costs beside greedy decoding in the same run."""
+
+    def run(self, prompts: Prompts, new_tokens: int, temperature: float, top_p: float) -> Run:
+        return super().run(prompts, new_tokens, temperature=0.7, top_p=0.9)
+
+
 class Transformers:
     """`transformers` as its users call it: one batch, `generate`, its default cache."""
 
@@ -217,6 +224,7 @@ class Transformers:
 PEERS: dict[str, str] = {
     "axicon": "peer:Axicon",
     "axicon-int8": "peer:AxiconInt8",
+    "axicon-int8-sampled": "peer:AxiconInt8Sampled",
     "transformers": "peer:Transformers",
     "ctranslate2-int8": "others:CTranslate2Int8",
     "openvino-int8": "others:OpenVINO",

@@ -1,45 +1,53 @@
-"""What HTTP costs: `python benchmarks/server.py url=http://127.0.0.1:8000 [key=value ...]`.
+"""What HTTP costs: `python benchmarks/server.py [key=value ...]`.
 
-Streams from a server that is already running, and in turns with it the same from our engine in-process. The
-client is lean on purpose (a socket and a line reader): a heavy one on the same cores would be measured as
-well. Rates are tokens per second over all streams, from the moment every stream has its first token;
-medians over the rounds.
+Starts `axicon serve` behind HAProxy, and then behind Ray's proxy in Python; from each it streams in turns
+with our engine in-process. `url=` measures a server that is already running instead. The client is lean on
+purpose (it keeps what comes and reads it afterwards): a heavy one on the same cores would be measured as
+well. Rates are tokens per second over all streams, from the moment every stream has its first token; medians
+over the rounds.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
+import re
 import statistics
 import sys
+import tempfile
 import time
-from collections.abc import Sequence
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from measure import RESULTS, complain, save, surroundings
+import yaml
+from measure import RESULTS, ROOT, complain, save, surroundings
 from peer import make_prompts, workers
 from pydantic import Field
 from rich.console import Console
 from rich.table import Table
+from serving import serving
 
 from axicon.errors import AxiconError
 from axicon.model.machine import cores
-from axicon.recipe import Dtype, Recipe
+from axicon.recipe import Dtype, Recipe, Words
 
 WARM_TOKENS = 8
 
 
 class ServerBench(Recipe):
-    url: str = Field("http://127.0.0.1:8000", description="a running axicon server")
+    url: str | None = Field(None, description="a running server; none: start one for each of `proxies`")
+    proxies: Words = Field(("haproxy", "python"), description="what stands before the servers started here")
     api_key: str | None = Field(None, description="its key, if it asks for one")
     streams: int = Field(8, ge=1, description="streams at the same time")
     prompt_tokens: int = Field(64, ge=1, description="tokens of each prompt")
     new_tokens: int = Field(64, ge=2, description="tokens each stream generates")
     rounds: int = Field(3, ge=1, description="turns of each")
-    model: str = Field("demo", description="the model in-process; give the one that is served")
+    model: str = Field("demo", description="the model; with url, the one that is served there")
     peer: str = Field(
         "axicon-int8", description="how it is stored, as the server does: axicon-int8 or axicon"
     )
@@ -56,15 +64,47 @@ class Stream:
     tokens: int
 
 
-async def connect(bench: ServerBench) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-    parts = urlsplit(bench.url)
+class Client(asyncio.Protocol):
+    """Sends a request and keeps what comes back, with the time of each piece; it is looked at afterwards."""
+
+    def __init__(self, request: bytes) -> None:
+        self.request = request
+        self.pieces: list[tuple[float, bytes]] = []
+        self.done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.WriteTransport)
+        transport.write(self.request)
+
+    def data_received(self, data: bytes) -> None:
+        self.pieces.append((time.perf_counter(), data))
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.done.set_result(None)
+
+
+async def ask(bench: ServerBench, path: str, body: str = "") -> list[tuple[float, bytes]]:
+    """Pieces of the answer, each with the time it came. Raises AxiconError when nothing answers."""
+    parts = urlsplit(bench.url or "")
     if parts.scheme != "http" or parts.hostname is None:
         raise AxiconError(f"url={bench.url}: an http address such as http://127.0.0.1:8000 is needed")
+    headers = [
+        f"{'POST' if body else 'GET'} {path} HTTP/1.1",
+        f"Host: {parts.netloc}",
+        "Content-Type: application/json",
+        f"Content-Length: {len(body)}",
+        "Connection: close",
+        *([f"Authorization: Bearer {bench.api_key}"] if bench.api_key else []),
+    ]
+    request = ("\r\n".join([*headers, "", ""]) + body).encode()
+    loop = asyncio.get_running_loop()
     try:
-        return await asyncio.open_connection(parts.hostname, parts.port or 80, limit=2**20)
+        _, client = await loop.create_connection(lambda: Client(request), parts.hostname, parts.port or 80)
     except OSError as error:
         reason = f"nothing answers ({error.strerror}); start it with `axicon serve`"
         raise AxiconError(f"url={bench.url}: {reason}") from None
+    await client.done
+    return client.pieces
 
 
 async def stream(bench: ServerBench, prompt: Sequence[int], new_tokens: int, start: float) -> Stream:
@@ -79,46 +119,39 @@ async def stream(bench: ServerBench, prompt: Sequence[int], new_tokens: int, sta
             "stream_options": {"include_usage": True},
         }
     )
-    headers = [
-        "POST /v1/completions HTTP/1.1",
-        f"Host: {urlsplit(bench.url).netloc}",
-        "Content-Type: application/json",
-        f"Content-Length: {len(body)}",
-        "Connection: close",
-        *([f"Authorization: Bearer {bench.api_key}"] if bench.api_key else []),
-    ]
-    reader, writer = await connect(bench)
-    try:
-        writer.write(("\r\n".join([*headers, "", ""]) + body).encode())
-        await writer.drain()
-        status = (await reader.readline()).decode().strip()
-        if " 200 " not in status:
-            body = (await reader.read()).decode().rpartition("\r\n\r\n")[2]
-            raise AxiconError(f"the server said {status}: {body[:300]}")
-        return await _events(reader, start)
-    finally:
-        writer.close()
-
-
-async def _events(reader: asyncio.StreamReader, start: float) -> Stream:
-    """Lines that are not events (headers, chunk sizes) are passed over."""
+    pieces = await ask(bench, "/v1/completions", body)
+    status, _, rest = b"".join(data for _, data in pieces).partition(b"\r\n")
+    if b" 200 " not in status:
+        said = rest.rpartition(b"\r\n\r\n")[2].decode()
+        raise AxiconError(f"the server said {status.decode()}: {said[:300]}")
     events: list[float] = []
     tokens = None
-    async for line in reader:
-        if not line.startswith(b"data: "):
-            continue
-        if line.startswith(b"data: [DONE]"):
-            break
-        event = json.loads(line[6:])
+    for at, data in timed_events(pieces):
+        event = json.loads(data) if data != b"[DONE]" else {"choices": []}
         if "error" in event:
             raise AxiconError(f"the stream broke off: {event['error'].get('message')}")
         if event.get("usage"):
             tokens = int(event["usage"]["completion_tokens"])
         if event["choices"]:
-            events.append(time.perf_counter() - start)
+            events.append(at - start)
     if tokens is None or not events:
         raise AxiconError("the stream ended before it told its usage")
     return Stream(events=events, tokens=tokens)
+
+
+def timed_events(pieces: Sequence[tuple[float, bytes]]) -> Iterator[tuple[float, bytes]]:
+    """(time, data) of each event. A proxy may cut the answer into chunks anywhere, inside of an event too."""
+    raw = b"".join(data for _, data in pieces)
+    ends = list(accumulate(len(data) for _, data in pieces))
+    place = raw.index(b"\r\n\r\n") + 4
+    left = b""
+    while place < len(raw):
+        size, _, _ = raw[place : place + 20].partition(b"\r\n")
+        begin = place + len(size) + 2
+        place = begin + int(size, 16) + 2
+        *whole, left = (left + raw[begin : place - 2]).split(b"\n\n")
+        at = pieces[min(bisect_left(ends, place - 2), len(pieces) - 1)][0]
+        yield from ((at, event.removeprefix(b"data: ")) for event in whole)
 
 
 async def served(bench: ServerBench, prompts: Sequence[Sequence[int]], new_tokens: int) -> dict[str, float]:
@@ -141,19 +174,44 @@ async def served(bench: ServerBench, prompts: Sequence[Sequence[int]], new_token
     }
 
 
-async def _answers(bench: ServerBench) -> None:
-    """Find out that nothing answers before a model is loaded."""
-    _, writer = await connect(bench)
-    writer.close()
-
-
 def measure(bench: ServerBench) -> dict[str, Any]:
     """Everything that goes into the JSON file."""
     if bench.peer not in ("axicon", "axicon-int8"):
         raise AxiconError(f"peer={bench.peer}: a server of axicon is compared with axicon or axicon-int8")
-    asyncio.run(_answers(bench))
+    if unknown := set(bench.proxies) - {"haproxy", "python"}:
+        raise AxiconError(f"proxies={','.join(unknown)}: known are haproxy and python")
     before = surroundings()
     threads = bench.threads or cores()
+    through: dict[str, Any] = {}
+    if bench.url is not None:
+        asyncio.run(ask(bench, "/health"))  # that nothing answers is found out before a model is loaded
+        through[bench.url] = _turns(bench, threads)
+    for proxy in bench.proxies if bench.url is None else ():
+        with tempfile.TemporaryDirectory() as folder:
+            cluster = _cluster(proxy, Path(folder))
+            words = {"cluster": cluster, "dtype": bench.dtype, "threads": threads}
+            words["compressor"] = "none" if bench.peer == "axicon" else "auto"
+            with serving(bench.model, [f"{key}={value}" for key, value in words.items()]) as server:
+                through[proxy] = _turns(bench.model_copy(update={"url": server.url}), threads)
+    return {
+        "benchmark": "server",
+        **before,
+        "load_average_after": surroundings()["load_average"],
+        "recipe": bench.model_dump(mode="json", exclude={"api_key", "out"}) | {"threads": threads},
+        "through": through,
+    }
+
+
+def _cluster(proxy: str, folder: Path) -> Path:
+    """The shipped cluster.yaml with this proxy."""
+    content = yaml.safe_load((ROOT / "cluster.yaml").read_text())
+    content["metadata"]["env"]["RAY_SERVE_ENABLE_HA_PROXY"] = "1" if proxy == "haproxy" else "0"
+    path = folder / "cluster.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+def _turns(bench: ServerBench, threads: int) -> dict[str, Any]:
     over_http: list[dict[str, Any]] = []
     in_process: list[dict[str, Any]] = []
     with workers([bench.peer], bench.model, bench.dtype, threads) as running:
@@ -169,14 +227,18 @@ def measure(bench: ServerBench) -> dict[str, Any]:
             over_http.append(asyncio.run(served(bench, prompts, bench.new_tokens)))
             in_process.append(local(bench.new_tokens))
             complain(f"round {turn + 1} of {bench.rounds} done")
-    return {
-        "benchmark": "server",
-        **before,
-        "load_average_after": surroundings()["load_average"],
-        "recipe": bench.model_dump(mode="json", exclude={"api_key", "out"}) | {"threads": threads},
-        "http": _medians(over_http),
-        "in_process": _medians(in_process),
-    }
+    lag = asyncio.run(loop_lag(bench))
+    return {"http": _medians(over_http) | {"loop_lag_mean_s": lag}, "in_process": _medians(in_process)}
+
+
+async def loop_lag(bench: ServerBench) -> float | None:
+    """Mean seconds by which the server's event loop woke too late, from its own figures."""
+    text = b"".join(data for _, data in await ask(bench, "/metrics")).decode(errors="replace")
+    total, count = (
+        sum(map(float, re.findall(rf"^axicon:event_loop_lag_seconds_{kind}\S* (\S+)", text, re.MULTILINE)))
+        for kind in ("sum", "count")
+    )
+    return total / count if count else None
 
 
 def _medians(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -188,17 +250,21 @@ def _medians(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def table(result: dict[str, Any]) -> Table:
-    http, local = result["http"], result["in_process"]
     shown = Table(title=f"{result['recipe']['streams']} streams, {result['cpu']}", title_justify="left")
-    for column in ("where", "tokens/s", "lowest", "first token ms"):
-        shown.add_column(column, justify="left" if column == "where" else "right")
-    for name, row in (("in-process", local), ("HTTP", http)):
-        rates = row["decode_rate_all"]
-        first = f"{row['first_token'] * 1e3:.0f}"
-        shown.add_row(name, f"{row['decode_rate']:.1f}", f"{min(rates):.1f}", first)
-    behind = 1 - http["decode_rate"] / local["decode_rate"]
-    later = (http["first_token"] - local["first_token"]) * 1e3
-    shown.caption = f"HTTP is {behind:.0%} behind, its first token {later:.0f} ms later"
+    left = ("through", "where")
+    for column in (*left, "tokens/s", "lowest", "first token ms", "behind", "later ms", "loop lag ms"):
+        shown.add_column(column, justify="left" if column in left else "right")
+    for name, one in result["through"].items():
+        http, local = one["http"], one["in_process"]
+        behind = 1 - http["decode_rate"] / local["decode_rate"]
+        later = (http["first_token"] - local["first_token"]) * 1e3
+        lag = http["loop_lag_mean_s"]
+        marks = (f"{behind:.0%}", f"{later:.0f}", "" if lag is None else f"{lag * 1e3:.1f}")
+        for where, row, last in (("in-process", local, ("", "", "")), ("HTTP", http, marks)):
+            rates = row["decode_rate_all"]
+            first = f"{row['first_token'] * 1e3:.0f}"
+            shown.add_row(name, where, f"{row['decode_rate']:.1f}", f"{min(rates):.1f}", first, *last)
+        shown.add_section()
     return shown
 
 

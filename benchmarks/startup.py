@@ -7,15 +7,9 @@ looks for what is left behind.
 
 from __future__ import annotations
 
-import os
-import secrets
-import signal
-import socket
 import statistics
-import subprocess
 import sys
 import time
-import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,12 +18,10 @@ from measure import RESULTS, complain, pss_bytes, save, surroundings
 from pydantic import Field
 from rich.console import Console
 from rich.table import Table
+from serving import serving
 
 from axicon.errors import AxiconError
 from axicon.recipe import Recipe, Words
-
-MARK = "AXICON_BENCHMARK"
-"""Environment variable that the server's processes inherit, which is how they are found."""
 
 
 class StartupBench(Recipe):
@@ -43,46 +35,18 @@ class StartupBench(Recipe):
 
 def start(bench: StartupBench) -> dict[str, Any]:
     """One start and stop."""
-    mark, port = secrets.token_hex(8), _free_port()
-    command = [sys.executable, "-m", "jobs", "serve", bench.model, f"port={port}", *bench.serve]
-    began = time.perf_counter()
-    server = subprocess.Popen(
-        command, env={**os.environ, MARK: mark}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-    try:
-        _wait(server, f"http://127.0.0.1:{port}/health", began + bench.limit_s)
-        ready = time.perf_counter() - began
+    with serving(bench.model, bench.serve, limit_s=bench.limit_s) as server:
         time.sleep(bench.settle_s)
-        memory = {pid: pss_bytes([pid]) for pid in marked(mark)}
+        memory = {pid: pss_bytes([pid]) for pid in server.processes()}
         names = {pid: _name(pid) for pid in memory}
-        stopping = time.perf_counter()
-        server.send_signal(signal.SIGINT)
-        server.communicate(timeout=60)
-        stopped = time.perf_counter() - stopping
-    finally:
-        if server.poll() is None:
-            server.send_signal(signal.SIGINT)
-            server.communicate(timeout=60)
-    return {
-        "ready_s": ready,
-        "stop_s": stopped,
-        "pss_bytes": sum(memory.values()),
-        "processes": sorted(([names[pid], memory[pid]] for pid in memory), key=lambda row: -row[1]),
-        "left_behind": [_name(pid) for pid in marked(mark)],
-    }
-
-
-def marked(mark: str) -> list[int]:
-    """Processes whose environment holds the mark."""
-    wanted = f"{MARK}={mark}".encode()
-    found = []
-    for folder in Path("/proc").iterdir():
-        try:
-            if folder.name.isdigit() and wanted in (folder / "environ").read_bytes().split(b"\0"):
-                found.append(int(folder.name))
-        except OSError:
-            continue  # another user's, or just ended
-    return found
+        stopped = server.stop()
+        return {
+            "ready_s": server.ready_s,
+            "stop_s": stopped,
+            "pss_bytes": sum(memory.values()),
+            "processes": sorted(([names[pid], memory[pid]] for pid in memory), key=lambda row: -row[1]),
+            "left_behind": [_name(pid) for pid in server.processes()],
+        }
 
 
 def _name(pid: int) -> str:
@@ -92,26 +56,6 @@ def _name(pid: int) -> str:
     except OSError:
         return "ended"
     return Path(words[0].decode(errors="replace").split(" ")[0]).name or words[0].decode(errors="replace")
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def _wait(server: subprocess.Popen[str], url: str, until: float) -> None:
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    while time.perf_counter() < until:
-        if server.poll() is not None:
-            raise AxiconError(f"the server ended: {server.communicate()[0].strip()[-500:]}")
-        try:
-            with opener.open(url, timeout=2) as answer:
-                if answer.status == 200:
-                    return
-        except OSError:
-            time.sleep(0.05)
-    raise AxiconError("the server did not answer in time; raise limit_s")
 
 
 def measure(bench: StartupBench) -> dict[str, Any]:
