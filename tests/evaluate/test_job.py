@@ -13,9 +13,12 @@ import pytest
 import torch
 
 from axicon.errors import AxiconError
+from axicon.model.artefact import write_manifest
 from axicon.recipe import EvaluateRecipe
 from jobs import evaluate, report
+from jobs.model_report import ModelReport
 from jobs.progress import Reporter
+from tests.evaluate.tiny import save_model
 
 SST2 = [
     {"sentence": "a gorgeous film .", "label": 1},
@@ -224,3 +227,102 @@ def test_a_terminal_gets_a_bar() -> None:
         advance(3, 3, "done")
     assert "3/3" in screen.getvalue()
     assert "\x1b[" in screen.getvalue()
+
+
+@pytest.fixture
+def own_dir(tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A model directory with a manifest, long enough for the measurement of speed in these tests."""
+    from axicon.evaluate import speed
+
+    monkeypatch.setattr(speed, "NEW_TOKENS", 4)
+    monkeypatch.setattr(speed.rates, "__kwdefaults__", speed.rates.__kwdefaults__ | {"new_tokens": 4})
+    folder = save_model(tmp_path / "own", tokenizer, positions=128)
+    write_manifest(folder, kind="model", name="own", chain=[], parents=[])
+    return folder
+
+
+def test_a_model_of_ours_gets_its_figures_into_its_report(
+    own_dir: Path, text: Path, tmp_path: Path, said: io.StringIO
+) -> None:
+    done = run(own_dir, said, text=str(text), window=16, windows=2, speed=True, out=tmp_path / "out")
+    written = ModelReport.read(own_dir)
+    assert f"{own_dir / 'report.json'} now holds perplexity and tokens per second\n" in said.getvalue()
+    assert written.perplexity.dense == done.metrics["perplexity"]
+    assert written.perplexity.compressed is None
+    assert written.perplexity.protocol == "gptq, window 16, float32"
+    assert written.perplexity.windows == 2
+    assert written.perplexity.text_sha256 == done.details["axicon"]["perplexity"]["text_sha256"]
+    assert written.tokens_per_s.get("1") == done.metrics["tokens_per_s/1"]
+    assert written.tokens_per_s.get("8") == done.metrics["tokens_per_s/8"]
+    assert written.bytes.total == (own_dir / "model.safetensors").stat().st_size
+    content = json.loads((own_dir / "report.json").read_text())
+    assert content["perplexity"]["reason"] == {"compressed": "the model is a dense one"}
+    assert "reason" not in content["tokens_per_s"]
+    assert (
+        json.loads(done.files[0].read_text())["axicon"]["tokens_per_s"]["1"] == content["tokens_per_s"]["1"]
+    )
+
+
+def test_a_compressed_one_fills_the_other_place_and_keeps_what_was_measured_alike(
+    own_dir: Path, text: Path, tmp_path: Path, said: io.StringIO
+) -> None:
+    settings: dict[str, Any] = {"text": str(text), "window": 16, "windows": 2, "out": tmp_path / "out"}
+    dense = run(own_dir, said, **settings).metrics["perplexity"]
+    (own_dir / "manifest.json").unlink()
+    write_manifest(own_dir, kind="model", name="own", chain=[{"method": "magnitude"}], parents=[])
+    run(own_dir, said, **settings)
+    both = ModelReport.read(own_dir).perplexity
+    assert (both.dense, both.compressed) == (dense, dense)
+
+    other = run(own_dir, said, **settings | {"windows": 3}).metrics["perplexity"]
+    replaced = ModelReport.read(own_dir).perplexity
+    assert (replaced.dense, replaced.compressed, replaced.windows) == (None, other, 3)
+    assert replaced.why("dense") == "not measured"
+    assert said.getvalue().endswith("; the figures measured otherwise were replaced\n")
+
+
+def test_a_model_changed_after_loading_leaves_the_report_alone(
+    own_dir: Path, text: Path, tmp_path: Path, said: io.StringIO
+) -> None:
+    int8 = EvaluateRecipe.parse(["compressor=llm_int8"]).compressor
+    run(own_dir, said, text=str(text), window=16, windows=1, compressor=int8, out=tmp_path / "out")
+    assert not (own_dir / "report.json").exists()
+    assert "the figures are of the model after compressor=llm_int8" in said.getvalue()
+
+
+def test_a_directory_that_cannot_be_written_is_a_line(
+    own_dir: Path, text: Path, tmp_path: Path, said: io.StringIO, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: Path, text: str) -> None:
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr("jobs.model_report.write_atomically", refuse)
+    done = run(own_dir, said, text=str(text), window=16, windows=1, out=tmp_path / "out")
+    assert done.metrics["perplexity"] > 0
+    assert f"{own_dir / 'report.json'} was not updated: Read-only file system\n" in said.getvalue()
+
+
+def test_a_model_of_others_is_left_alone(
+    model_dir: Path, text: Path, tmp_path: Path, said: io.StringIO
+) -> None:
+    run(model_dir, said, text=str(text), window=16, windows=1, out=tmp_path)
+    assert not (model_dir / "report.json").exists()
+    assert "report.json" not in said.getvalue()
+
+
+def test_a_model_too_short_for_speed_says_so(model_dir: Path, tmp_path: Path, said: io.StringIO) -> None:
+    done = run(model_dir, said, speed=True, out=tmp_path)
+    speed = done.details["axicon"]["tokens_per_s"]
+    assert (speed["1"], speed["8"]) == (None, None)
+    assert "this model has room for 64 together" in speed["reason"]["8"]
+    assert done.metrics == {}
+    assert any("room for 64" in cell for cell in evaluate.table(done).columns[4].cells)
+
+
+def test_a_report_that_cannot_be_read_shows_before_the_work(
+    own_dir: Path, text: Path, tmp_path: Path, said: io.StringIO, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (own_dir / "report.json").write_text('{"bytes": {"total": -1}}')
+    monkeypatch.setattr("axicon.model.checkpoint.load", lambda *_, **__: pytest.fail("the model was read"))
+    with pytest.raises(AxiconError, match=r"report\.json: bytes\.total: .* remove the file"):
+        run(own_dir, said, text=str(text), window=16, windows=1, out=tmp_path / "out")
