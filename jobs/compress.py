@@ -33,6 +33,7 @@ from jobs.model_report import ModelReport
 from jobs.progress import Reporter
 from jobs.report import Report
 from jobs.shown import size
+from jobs.stop import Stopped
 
 DEFAULT_OUT = Path("artifacts/models")
 
@@ -55,7 +56,11 @@ def run(recipe: CompressRecipe, reporter: Reporter | None = None) -> Report:
             reporter.say(f"{plan.target} is there already, made by this recipe, and intact")
         else:
             _make(plan, measure, reporter)
-    figures = ModelReport.read(plan.target) if done else measure.run(plan.target, reporter)
+    try:
+        figures = ModelReport.read(plan.target) if done else measure.run(plan.target, reporter)
+    except Stopped as stopped:
+        stopped.kept = f"{plan.target} is whole, and its report.json says what was not measured"
+        raise
     return Report(
         verb="compress",
         recipe=recipe,
@@ -86,8 +91,8 @@ class Plan:
         source = checkpoint.resolve(recipe.model, offline=recipe.offline, revision=recipe.revision)
         if packed := checkpoint.packed_formats(source):
             raise AxiconError(
-                f"model={recipe.model} is compressed already ({', '.join(packed)}); name the dense model it was "
-                "made from"
+                f"model={recipe.model} is compressed already ({', '.join(packed)}); "
+                "name the dense model it was made from"
             )
         checkpoint.check_headers(source)
         name, method = checkpoint.model_id(recipe.model), recipe.compressor.method

@@ -46,11 +46,11 @@ def problem_of(folder: Path, error: AxiconError) -> Problem:
     """An error about a directory as a problem: its file, what is wrong, and the way out behind the semicolon.
     """
     text = str(error).replace(f"{folder.resolve()}", f"{folder}").removeprefix(f"{folder}").lstrip("/: ")
-    what, _, do = text.rpartition("; ")
-    name, colon, rest = what.partition(": ")
-    if colon and (folder / name).exists():
-        return Problem(name, rest, do)
-    return Problem(".", what or do, do if what else AGAIN)
+    name, _, rest = text.partition(": ")
+    if not (folder / name).is_file():
+        name, rest = ".", text
+    what, semicolon, do = rest.rpartition("; ")
+    return Problem(name, what, do) if semicolon else Problem(name, rest, AGAIN)
 
 
 def _files(folder: Path, manifest: dict[str, Any]) -> list[Problem]:

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
 from axicon.compress import COMPRESSORS
+from axicon.compress.directory import write_compressed
 from axicon.compress.walk import compress
+from axicon.model import checkpoint
+from axicon.model.artefact import write_json
 from axicon.model.decoder import Decoder
+from axicon.model.formats import packing_of
 from axicon.model.packed import PackedLinear
 from axicon.model.shape import ModelShape
+from axicon.model.tensorwriter import write_weights
+from axicon.model.weights import stored_tensors
 
 SIZES = {"vocab_size": 160, "num_hidden_layers": 2, "hidden_size": 96, "max_position_embeddings": 64}
 CONFIGS = {
@@ -46,6 +53,24 @@ class TestEveryCompressor:
             x = torch.randn(4, module.inputs, generator=torch.Generator().manual_seed(2))
             want = nn.functional.linear(x, module.unpack(), module.bias)
             assert (module(x) - want).norm() / want.norm() < 0.02
+
+    def test_survives_save_and_load(
+        self, method: str, family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("AXICON_CACHE", str(tmp_path / "cache"))
+        dense, folder = tmp_path / "dense", tmp_path / "small"
+        dense.mkdir()
+        folder.mkdir()
+        write_weights(dense, stored_tensors(decoder(family)))
+        write_json(dense / "config.json", CONFIGS[family])
+        write_compressed(COMPRESSORS[method](), dense, folder, dtype=torch.bfloat16)
+        want = compress(COMPRESSORS[method](), checkpoint.load(dense))
+        got = checkpoint.load(folder)
+        assert packing_of(got) == packing_of(want)
+        assert got.state_dict().keys() == want.state_dict().keys()
+        assert all(torch.equal(value, want.state_dict()[name]) for name, value in got.state_dict().items())
+        tokens = torch.randint(0, 160, (2, 32), generator=torch.Generator().manual_seed(1))
+        assert torch.equal(got.logits(tokens), want.logits(tokens))
 
     def test_leaves_the_embedding_alone(self, method: str, family: str) -> None:
         dense = decoder(family)

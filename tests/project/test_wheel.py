@@ -40,6 +40,12 @@ def test_every_tracked_file_of_the_packages_is_in_it(names: set[str]) -> None:
     assert set(tracked) <= names
 
 
+def test_recipes_are_in_it(names: set[str]) -> None:
+    recipes = {f"jobs/recipes/{path.name}" for path in (ROOT / "recipes").glob("*.yaml")}
+    assert "jobs/recipes/llm_int8.yaml" in recipes
+    assert recipes <= names
+
+
 def test_nothing_but_the_project_is_in_it(names: set[str]) -> None:
     assert not [name for name in names if "/tests/" in name or "__pycache__" in name or name.endswith(".so")]
 
