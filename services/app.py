@@ -94,6 +94,8 @@ def build(args: ServeRecipe) -> Application:
         graceful_shutdown_timeout_s=20,
         # A model that cannot be loaded cannot be loaded the second time either.
         max_constructor_retry_count=1,
+        # The new one answers before the old one goes, and if it cannot start, the old one stays.
+        max_surge_percent=100,
         ray_actor_options={"num_cpus": 1},
     )
     return deploy(serve.ingress()(Generator)).bind(recipe)

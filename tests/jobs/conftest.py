@@ -13,10 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import yaml
 
-from jobs import cluster_file, running
+from jobs import cluster_file, reaper, running
 from jobs.cluster import free_ports
 from tests.conftest import ROOT
 from tests.services.tiny import tiny_model
@@ -42,9 +43,11 @@ class TestCluster:
     env: dict[str, str]
     """Environment of a subprocess that works with it: `axicon`, `ray job submit`, or a client of Ray's."""
 
-    def axicon(self, *words: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+    def axicon(self, *words: str, check: bool = True, **env: str) -> subprocess.CompletedProcess[str]:
         """`axicon WORDS` beside this cluster, with what it says."""
-        done = subprocess.run([str(AXICON), *words], cwd=ROOT, env=self.env, capture_output=True, text=True)
+        done = subprocess.run(
+            [str(AXICON), *words], cwd=ROOT, env=self.env | env, capture_output=True, text=True
+        )
         assert done.returncode == 0 or not check, done.stderr
         return done
 
@@ -82,7 +85,9 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestCluster]:
     folder = tmp_path_factory.mktemp("cluster")
     port, dashboard = free_ports(2)
     file = small_file(folder, port)
-    env = clean_env(AXICON_STATE=str(folder / "state"))
+    # So short, what Ray would remove after ten minutes is gone while tests look.
+    short = {"RAY_RUNTIME_ENV_TEMPORARY_REFERENCE_EXPIRATION_S": "20"}
+    env = clean_env(AXICON_STATE=str(folder / "state"), **short)
     command = [str(AXICON), "up", str(file), f"name={NAME}", f"dashboard_port={dashboard}"]
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -100,4 +105,10 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestCluster]:
             env=env | found.env(),
         )
     finally:
-        subprocess.run([str(AXICON), "down", NAME], env=env, check=True, capture_output=True)
+        holder = psutil.Process(found.pid)
+        ours = [holder, *holder.children(recursive=True)]
+        done = subprocess.run([str(AXICON), "down", NAME], env=env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert [process for process in ours if reaper.runs(process)] == []
+        assert reaper.users_of(Path(found.folder), spared=set()) == []
+        assert not Path(found.folder).exists()

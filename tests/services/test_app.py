@@ -11,7 +11,7 @@ import pytest
 
 from axicon.errors import AxiconError
 from axicon.recipe import ServeRecipe
-from services.app import SPARE, build
+from services.app import SPARE, build, check_bind
 
 
 def test_serve_can_validate_the_arguments() -> None:
@@ -45,3 +45,27 @@ def test_our_own_refusal_comes_before_the_one_of_serve() -> None:
 def test_deploying_loads_no_torch() -> None:
     code = "import sys, services.app; print('torch' in sys.modules, 'transformers' in sys.modules)"
     assert subprocess.check_output([sys.executable, "-c", code], text=True).split() == ["False", "False"]
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "10.0.0.1", "example.org"])
+def test_without_keys_a_replica_refuses_a_serve_that_others_reach(host: str) -> None:
+    with pytest.raises(AxiconError, match=f"Serve listens on {host}, where others reach it"):
+        check_bind(host)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1", "localhost"])
+def test_without_keys_a_replica_takes_a_serve_on_loopback(host: str) -> None:
+    check_bind(host)
+
+
+def test_code_goes_to_the_applications_that_bring_none() -> None:
+    from services.__main__ import with_code
+
+    config = {
+        "http_options": {"port": 1},
+        "applications": [{"name": "a"}, {"name": "b", "runtime_env": {"working_dir": "s3://own.zip"}}],
+    }
+    first, second = with_code(config, "gcs://code.zip")["applications"]
+    assert first == {"name": "a", "runtime_env": {"working_dir": "gcs://code.zip"}}
+    assert second["runtime_env"] == {"working_dir": "s3://own.zip"}
+    assert "runtime_env" not in config["applications"][0]
