@@ -52,7 +52,8 @@ class Plan:
         """The submission id: the same verb, recipe, inputs and code have the same one."""
         asked = self.recipe or {"words": self.words}
         told = json.dumps([self.verb, asked, code, [stamp(path) for path in self.inputs]], sort_keys=True)
-        parts = [self.verb, *(Path(str(asked[key])).name for key in ("method", "model") if asked.get(key))]
+        method, model = (asked.get("compressor") or {}).get("method"), asked.get("model")
+        parts = [self.verb, *(Path(str(part)).name for part in (method, model) if part)]
         readable = re.sub(r"[^A-Za-z0-9_.]+", "-", "-".join(parts))[:60].strip("-")
         return f"{readable}-{sha256(told.encode()).hexdigest()[:8]}"
 
@@ -71,7 +72,9 @@ def make(group: click.Group, verb: str, words: Sequence[str], *, here: bool, sen
     recipe = _resolved(command, verb, words)
     kind: type[Recipe] | None = getattr(command, "recipe", None)
     if kind is None or not recipe:
-        return Plan(verb=verb, words=tuple(words), recipe={})
+        paths = [word for word in words if "=" not in word and Path(word).exists()] if here else []
+        places = tuple(_absolute(word) if word in paths else word for word in words)
+        return Plan(verb=verb, words=places, recipe={}, inputs=tuple(Path(_absolute(path)) for path in paths))
     named = dict(_paths(kind, recipe))
     if not here:
         return Plan(verb=verb, words=tuple(words), recipe=recipe, warnings=_warnings(named, recipe, sent))

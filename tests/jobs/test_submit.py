@@ -190,6 +190,15 @@ def test_elsewhere_paths_are_left_alone_and_warned_about(
     assert [warning for warning in todo.warnings if "text" in warning] == []
 
 
+def test_a_verb_without_a_recipe_goes_by_the_places_it_is_given(fake: FakeJobs, tmp_path: Path) -> None:
+    assert run("code", verb="lineage")[-1].startswith("lineage-")
+    assert fake.sent[0]["entrypoint"] == f"exec python -m jobs lineage {tmp_path}/code"
+    (tmp_path / "code" / "manifest.json").write_text("{}")
+    fake.coming = [("SUCCEEDED", "")]
+    run("code", verb="lineage")
+    assert len({sent["submission_id"].removesuffix("-2") for sent in fake.sent}) == 2
+
+
 def test_variables_are_passed_on_by_name_only(fake: FakeJobs, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MY_KEY", "secret")
     said = run(env_keys=("MY_KEY",))
