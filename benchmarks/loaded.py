@@ -12,14 +12,12 @@ import asyncio
 import itertools
 import os
 import re
-import signal
-import socket
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -30,6 +28,7 @@ from pydantic import Field
 from rich.console import Console
 from rich.table import Table
 from server import ServerBench, stream
+from serving import serving
 
 from axicon.errors import AxiconError
 from axicon.recipe import Recipe, Words
@@ -51,46 +50,6 @@ class LoadedBench(Recipe):
     rounds: int = Field(6, ge=1, description="turns of the quiet server")
     limit_s: float = Field(300, gt=0, description="give up on the start, and on the job, after this time")
     out: Path = Field(RESULTS, description="folder for the JSON file")
-
-
-@contextmanager
-def served(bench: LoadedBench) -> Iterator[tuple[str, str, str]]:
-    """A server for the time of the block: its URL, its dashboard's, the file with its token."""
-    port, dashboard = _free_port(), _free_port()
-    command = [sys.executable, "-m", "jobs", "serve", bench.model, f"port={port}", *bench.serve]
-    with tempfile.TemporaryFile("w+") as said:
-        server = subprocess.Popen(
-            [*command, f"dashboard_port={dashboard}"], stdout=said, stderr=subprocess.STDOUT, cwd=ROOT
-        )
-        try:
-            token = _wait(server, lambda: _said(said), bench.limit_s)
-            yield f"http://127.0.0.1:{port}", f"http://127.0.0.1:{dashboard}", token
-        finally:
-            server.send_signal(signal.SIGINT)
-            server.wait(timeout=60)
-
-
-def _said(file: Any) -> str:
-    file.seek(0)
-    return str(file.read())
-
-
-def _wait(server: subprocess.Popen[bytes], said: Callable[[], str], limit_s: float) -> str:
-    """The file with the token, which the server names once it is ready."""
-    until = time.monotonic() + limit_s
-    while time.monotonic() < until:
-        if found := re.search(r"RAY_AUTH_TOKEN_PATH=(\S+)", said()):
-            return found[1]
-        if server.poll() is not None:
-            raise AxiconError(f"the server ended: {said().strip()[-500:]}")
-        time.sleep(0.1)
-    raise AxiconError("the server did not answer in time; raise limit_s")
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 async def turn(asked: ServerBench, prompts: Sequence[Sequence[int]]) -> list[float]:
@@ -137,13 +96,14 @@ def measure(bench: LoadedBench) -> dict[str, Any]:
     """Everything that goes into the JSON file."""
     before = surroundings()
     prompts = make_prompts(bench.streams, bench.prompt_tokens, VOCAB)
-    with served(bench) as (url, dashboard, token), tempfile.TemporaryDirectory() as folder:
-        asked = ServerBench(url=url, streams=bench.streams, new_tokens=bench.new_tokens)
+    starting = serving(bench.model, bench.serve, dashboard=True, limit_s=bench.limit_s)
+    with starting as server, tempfile.TemporaryDirectory() as folder:
+        asked = ServerBench(url=server.url, streams=bench.streams, new_tokens=bench.new_tokens)
         asyncio.run(turn(asked, prompts))  # warm
         quiet = [gap for _ in range(bench.rounds) for gap in asyncio.run(turn(asked, prompts))]
         complain(f"quiet: {_told(percentiles(quiet))}")
         begun, loaded = time.monotonic(), []
-        with job(bench, dashboard, token, Path(folder)) as running:
+        with job(bench, server.dashboard, server.token(), Path(folder)) as running:
             while running.poll() is None:
                 gaps = asyncio.run(turn(asked, prompts))
                 if running.poll() is None:  # a turn that saw the end saw a quiet server too
