@@ -46,6 +46,8 @@ class Block(BaseModel):
         if not isinstance(values, Mapping):
             return values
         given = values.get("reason") or {}
+        if not isinstance(given, str | Mapping):
+            return values  # its type is refused next
         names = {name: cls._field(name) for name in cls.figures}
         known = {name: values.get(name, values.get(field)) for name, field in names.items()}
         reasons = {
