@@ -58,6 +58,11 @@ def test_a_step_cut_short_or_miscounted_is_refused(step: StepInput, data: st.Dat
     place = data.draw(st.integers(1, 5))
     wrong = packed.clone()
     wrong[place] += data.draw(st.sampled_from([-1, 1, 1 << 40, -(1 << 40)]))
-    for bad in (short, torch.cat([packed, packed[:1]]), wrong):
+    shifted = packed.clone()  # the length is right: one list has an entry more, reserves an entry less
+    shifted[4] += 1
+    shifted[5] -= 1
+    negative = packed.clone()  # so is it here
+    negative[2], negative[3] = -1, packed[2] + packed[3] + 1
+    for bad in (short, torch.cat([packed, packed[:1]]), wrong, shifted, negative):
         with pytest.raises(ValueError, match="a StepInput of"):
             StepInput.unpack(bad)

@@ -84,7 +84,7 @@ def test_passes_apart_keep_the_order_between_stages(make_decoder, make_step):
     nodes = [*chain(TEXT[5:12], 0), (TEXT[4], 4, 3, -1), *chain(TEXT[12:15], 1, base=8)]
     step = dataclasses.replace(
         make_step(nodes, commits=(0, 1, 2, 3), reserves=((0, 64), (1, 64))),
-        forced_N=torch.tensor([True] * 7 + [False] + [True] * 3),
+        forced_N=torch.tensor([True] * 7 + [False] + [True] * 3), wanted_N=torch.arange(11) % 3 != 0,
     )
     for one in (opening, step):
         torch.testing.assert_close(row.forward(one), whole.forward(one).logits_WV, rtol=1e-9, atol=1e-9)
