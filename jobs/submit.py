@@ -30,6 +30,8 @@ from jobs.stop import Stopped
 STOP_WAIT_S = 60
 """Between SIGTERM and SIGKILL: a pass over a long window, and writing what was measured."""
 TIMEOUT_S = 60.0
+YOUNG_S = 30.0
+"""A cluster that has just started answers before it can take jobs."""
 LIKE_HERE = ("AXICON_CACHE", "HF_HOME", "HF_HUB_OFFLINE")
 """On a cluster of this machine a job finds models where the verb would."""
 ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,100}")
@@ -128,21 +130,27 @@ def attempt(jobs: Any, base: str, *, again: bool = False) -> tuple[str, str | No
 
 def send(jobs: Any, how: Submission, todo: plan.Plan, folder: Path, name: str, env: dict[str, str]) -> None:
     """Upload and submit. Should another have submitted the same meanwhile, that one is it."""
-    try:
-        jobs.submit_job(
-            entrypoint=todo.entrypoint,
-            submission_id=name,
-            runtime_env={"working_dir": str(folder), "env_vars": env},
-            metadata={"axicon": importlib.metadata.version("axicon"), "verb": todo.verb},
-            entrypoint_num_cpus=how.cpus or None,
-            entrypoint_num_gpus=how.gpus or None,
-        )
-    except RuntimeError as error:
-        text = " ".join(str(error).split())
-        if "413" in text:
-            raise AxiconError(f"the cluster refuses the upload as too large: {text[:200]}") from None
-        if "already exists" not in text:
-            raise RunFailed(f"the cluster did not take the job: {text[:500]}") from None
+    until = time.monotonic() + YOUNG_S
+    while True:
+        try:
+            jobs.submit_job(
+                entrypoint=todo.entrypoint,
+                submission_id=name,
+                runtime_env={"working_dir": str(folder), "env_vars": env},
+                metadata={"axicon": importlib.metadata.version("axicon"), "verb": todo.verb},
+                entrypoint_num_cpus=how.cpus or None,
+                entrypoint_num_gpus=how.gpus or None,
+            )
+            return
+        except RuntimeError as error:
+            text = " ".join(str(error).split())
+            if "already exists" in text:
+                return
+            if "413" in text:
+                raise AxiconError(f"the cluster refuses the upload as too large: {text[:200]}") from None
+            if "No available agent" not in text or time.monotonic() > until:
+                raise RunFailed(f"the cluster did not take the job: {text[:500]}") from None
+        time.sleep(follow.QUICK_S)
 
 
 def watch(jobs: Any, how: Submission, name: str, say: Callable[[str], None]) -> None:

@@ -27,8 +27,9 @@ WHOLE_LINES = {
     "COLUMNS": "110",
 }
 """Without a terminal: no bars of libraries, which are one endless line in a file, and no colours."""
-NICE = 10
-"""Beside a server: the server's step comes first, and what it leaves is enough for a job."""
+NICE = 19
+"""Beside a server: its step comes first, and what it leaves is enough for a job. Ray runs its workers, so a
+server's replica too, at 15 unless it is told otherwise, and a job at 0."""
 
 
 def submission() -> str | None:

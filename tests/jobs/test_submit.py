@@ -133,6 +133,23 @@ def test_two_who_submit_the_same_at_once_follow_one_job(
     assert fake.sent == []
 
 
+def test_a_cluster_that_has_just_started_is_asked_again(
+    fake: FakeJobs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers, take = ["No available agent to submit job, please try again later."], fake.submit_job
+
+    def not_yet(**words: Any) -> None:
+        if answers:
+            raise RuntimeError(answers.pop())
+        take(**words)
+
+    monkeypatch.setattr(fake, "submit_job", not_yet)
+    assert " succeeded" in run()[-1]
+    answers.append("Request failed with status code 500: the disk is full")
+    with pytest.raises(RunFailed, match="did not take the job: .*the disk is full"):
+        run(again=True)
+
+
 def test_the_name_changes_with_all_that_can_change_a_result(fake: FakeJobs, tmp_path: Path) -> None:
     def name(*words: str) -> str:
         todo = plan.make(command.axicon, "evaluate", words, here=True, sent=Path("code"))
