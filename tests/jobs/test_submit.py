@@ -146,7 +146,7 @@ def test_a_cluster_that_has_just_started_is_asked_again(
     monkeypatch.setattr(fake, "submit_job", not_yet)
     assert " succeeded" in run()[-1]
     answers.append("Request failed with status code 500: the disk is full")
-    with pytest.raises(RunFailed, match="did not take the job: .*the disk is full"):
+    with pytest.raises(RunFailed, match=r"did not take the job: .*the disk is full"):
         run(again=True)
 
 
