@@ -172,8 +172,8 @@ def simulated(
 
 
 def node_list(file: ClusterFile, nodes: Nodes) -> tuple[NodeType, list[NodeType]]:
-    """The head and every worker that `simulated` starts."""
-    if nodes == "local" or not file.workers:
+    """The head and every worker that `simulated` starts. Without a node table that is one node."""
+    if nodes == "local" or not any(node.resources for node in file.workers):
         return NodeType("local", dict(file.metadata.local.resources), {}, 0, 0), []
     workers = [node for node in file.workers for _ in range(node.min_workers)]
     return file.head, workers or [file.workers[0]]

@@ -47,8 +47,15 @@ class Dashboard:
 
     def get(self, path: str) -> Any:
         """The JSON at a path. Raises AxiconError when nobody answers or the token is wrong."""
+        return self._ask("GET", path)
+
+    def post(self, path: str) -> Any:
+        """What a request without a body is answered with. Raises AxiconError as `get` does."""
+        return self._ask("POST", path)
+
+    def _ask(self, method: str, path: str) -> Any:
         headers = {"Authorization": f"Bearer {self.token}"} if self.token else {}
-        request = urllib.request.Request(self.url + path, headers=headers)
+        request = urllib.request.Request(self.url + path, headers=headers, method=method)
         try:
             with urllib.request.urlopen(request, timeout=TIMEOUT_S) as answer:
                 return json.load(answer)

@@ -20,7 +20,7 @@ from pydantic import Field
 
 from axicon.errors import AxiconError, RunFailed
 from axicon.recipe import Recipe
-from jobs import cluster, cluster_file, holder, reaper, running
+from jobs import cluster, cluster_file, dashboard, holder, reaper, running
 from jobs.address import check_free
 from jobs.progress import Reporter
 
@@ -45,7 +45,9 @@ class DownRecipe(Recipe):
     """Which cluster to end."""
 
     name: str | None = Field(None, min_length=1, description="of the cluster; none: the only one")
-    patience_s: float = Field(30, gt=0, description="kill what has not ended by itself within this time")
+    patience_s: float = Field(
+        30, gt=0, description="kill what has not ended by itself within this time, jobs too"
+    )
 
 
 def run(recipe: UpRecipe, *, say: Callable[[str], None] = print) -> running.Running:
@@ -162,9 +164,12 @@ def down(recipe: DownRecipe, *, say: Callable[[str], None] = print) -> None:
     """End a cluster of ours with everything that runs on it. Raises AxiconError."""
     found = running.find(recipe.name)
     with _only_one(found.name):
+        reporter = Reporter()
+        reporter.say(f"ending {found.name}")
+        with contextlib.suppress(AxiconError):  # a cluster that no longer answers is ended all the same
+            _stop_jobs(dashboard.find(found.name), recipe.patience_s, reporter)
         holding = psutil.Process(found.pid)
         ours = [holding, *holding.children(recursive=True)]
-        Reporter().say(f"ending {found.name}")
         holding.terminate()
         if left := reaper.still_running(ours, recipe.patience_s):
             holding.kill()  # its reaper sees to the others
@@ -174,3 +179,22 @@ def down(recipe: DownRecipe, *, say: Callable[[str], None] = print) -> None:
             raise RunFailed(f"{found.name}: these processes could not be ended: {numbers}; end them yourself")
         running.remove(found.name)
     say(f"{found.name} has ended")
+
+
+def _stop_jobs(target: dashboard.Dashboard, patience_s: float, reporter: Reporter) -> None:
+    """Let running jobs end by themselves: each is sent SIGTERM and keeps what it has."""
+    deadline = time.monotonic() + patience_s
+    for job in _unfinished(target):
+        reporter.say(f"stopping the job {job}")
+        target.post(f"/api/jobs/{job}/stop")
+    while _unfinished(target) and time.monotonic() < deadline:
+        time.sleep(0.2)
+
+
+def _unfinished(target: dashboard.Dashboard) -> list[str]:
+    jobs = target.get("/api/jobs/")
+    return [
+        job["submission_id"]
+        for job in jobs
+        if job["submission_id"] and job["status"] in ("PENDING", "RUNNING")
+    ]

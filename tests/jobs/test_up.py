@@ -15,6 +15,7 @@ from rich.console import Console
 
 from axicon.errors import AxiconError, RunFailed
 from jobs import cluster, cluster_file, holder, running, status, up
+from jobs.dashboard import Dashboard
 from jobs.progress import Reporter
 from jobs.up import UpRecipe
 
@@ -40,6 +41,15 @@ def test_the_table_becomes_nodes(tmp_path: Path) -> None:
     head, workers = cluster.node_list(with_types(tmp_path, cpu=0), "table")
     assert [node.name for node in workers] == ["cpu"], "a cluster without a worker runs nothing"
     head, workers = cluster.node_list(cluster_file.read(), "local")
+    assert (head.resources, workers) == ({"CPU": 4}, [])
+
+
+def test_a_file_without_a_table_becomes_one_node(tmp_path: Path) -> None:
+    content = yaml.safe_load(cluster_file.shipped().read_text())
+    del content["available_node_types"], content["head_node_type"]
+    content["provider"] = {"type": "local", "head_ip": "10.0.0.1", "worker_ips": ["10.0.0.2"]}
+    (tmp_path / "cluster.yaml").write_text(yaml.safe_dump(content))
+    head, workers = cluster.node_list(cluster_file.read(tmp_path / "cluster.yaml"), "table")
     assert (head.resources, workers) == ({"CPU": 4}, [])
 
 
@@ -90,6 +100,37 @@ def test_a_start_that_takes_too_long_is_ended(tmp_path: Path) -> None:
     (tmp_path / "state" / "clusters").mkdir(parents=True)
     with pytest.raises(RunFailed, match=r"ready_s=0.05: one did not run in this time"):
         up._start_holder("one", cluster_file.shipped(), recipe, 1, Reporter(io.StringIO()))
+
+
+class Jobs(Dashboard):
+    """A cluster with jobs that end when they are told to, one look later."""
+
+    def __init__(self, *running: str) -> None:
+        super().__init__("http://127.0.0.1:1", "", "")
+        states = dict.fromkeys(running, "RUNNING") | {"done": "SUCCEEDED"}
+        object.__setattr__(self, "states", states)
+
+    def get(self, path: str) -> Any:
+        jobs = [{"submission_id": name, "status": state} for name, state in self.states.items()]
+        for name, state in self.states.items():
+            self.states[name] = "STOPPED" if state == "asked" else state
+        return [{"submission_id": None, "status": "RUNNING"}, *jobs]
+
+    def post(self, path: str) -> Any:
+        name = path.removeprefix("/api/jobs/").removesuffix("/stop")
+        if name != "deaf":
+            self.states[name] = "asked"
+
+
+def test_running_jobs_are_asked_to_end_first_and_not_waited_for_forever() -> None:
+    said = io.StringIO()
+    jobs = Jobs("one")
+    up._stop_jobs(jobs, 5, Reporter(said))
+    assert jobs.states == {"one": "STOPPED", "done": "SUCCEEDED"}
+    assert said.getvalue() == "stopping the job one\n"
+    deaf = Jobs("deaf")
+    up._stop_jobs(deaf, 0.1, Reporter(said))
+    assert deaf.states["deaf"] == "RUNNING"
 
 
 def test_storage_here_is_a_folder_of_the_user_unless_the_file_says_otherwise(
