@@ -27,9 +27,6 @@ WHOLE_LINES = {
     "COLUMNS": "110",
 }
 """Without a terminal: no bars of libraries, which are one endless line in a file, and no colours."""
-NICE = 19
-"""Beside a server: its step comes first, and what it leaves is enough for a job. Ray runs its workers, so a
-server's replica too, at 15 unless it is told otherwise, and a job at 0."""
 
 
 def submission() -> str | None:
@@ -73,12 +70,24 @@ def begin(verb: str, recipe: R) -> R:
             said += f", threads={recipe.threads}"
         elif servers:
             recipe = recipe.model_copy(update={"threads": 1})
-            os.nice(NICE)
+            step_back()
             said += f", 1 thread: a server runs on this machine (process {servers[0]})"
         else:
             said += ", one thread per core"
     print(said, file=sys.stderr, flush=True)
     return recipe
+
+
+def step_back() -> None:
+    """Run only when no server wants the core, and give it back the moment one does.
+
+    Priority alone does not do that: a thread that wakes up waits for the end of a slice. Threads started
+    from here on are like this one. Ray runs its workers, a server's replica too, at 15 unless it is told
+    otherwise, and a job at 0.
+    """
+    os.nice(19)
+    if hasattr(os, "SCHED_IDLE"):
+        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
 
 
 def succeeded(verb: str, seconds: float) -> None:

@@ -358,7 +358,7 @@ def test_one_thing_at_a_time(words: tuple[str, ...], capsys: pytest.CaptureFixtu
 @pytest.fixture
 def in_a_job(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[int]], None]:
     monkeypatch.setenv(submitted.JOB_CONFIG, json.dumps({"metadata": {"job_submission_id": "me"}}))
-    monkeypatch.setattr(os, "nice", lambda by: 0)
+    monkeypatch.setattr(submitted, "step_back", lambda: None)
 
     def beside(servers: list[int]) -> None:
         monkeypatch.setattr(submitted, "live_servers", lambda: servers)
