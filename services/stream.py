@@ -1,8 +1,10 @@
-"""From the engine thread to the event loop: one wake-up per step, whatever the number of streams.
+"""From the engine thread to the event loop: at most one wake-up per step, whatever the number of streams.
 
 The engine thread calls `Mailbox.post` for every delta. The first one schedules a delivery on the loop, the
-others of the same step ride along, so a step costs one `call_soon_threadsafe`. A `Stream` is the loop's end:
-what all choices of one HTTP request have received and not yet sent.
+others of the same step ride along, so a step costs one `call_soon_threadsafe`. With many streams, tokens of a
+few milliseconds travel together: every event takes time of the cores that also compute the next step. A
+stream's first token and its end never wait. A `Stream` is the loop's end: what all choices of one HTTP
+request have received and not yet sent.
 """
 
 from __future__ import annotations
@@ -16,6 +18,11 @@ from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from axicon.generate.request import Delta
+
+GATHER_S = 0.0015
+"""For each open stream, tokens may wait so long for those of the next step: 8 streams send every 12 ms, which
+no reader sees, and one stream sends every token at once."""
+LONGEST_GATHER_S = 0.03
 
 
 class Stream:
@@ -87,6 +94,8 @@ class Mailbox:
         self._lock = threading.Lock()
         self._posted: list[Delta] = []
         self._scheduled = False
+        self._delivered = 0.0
+        self._timer: asyncio.TimerHandle | None = None
         self._streams: dict[str, Stream] = {}
         self.wakeups = 0
 
@@ -106,7 +115,7 @@ class Mailbox:
         """Called by the engine thread. Never blocks on the loop."""
         with self._lock:
             self._posted.append(delta)
-            if self._scheduled:
+            if self._scheduled or not self._is_due(delta):
                 return
             self._scheduled = True
         try:
@@ -114,10 +123,32 @@ class Mailbox:
         except RuntimeError:
             return  # The loop is closed: nobody is left to read.
 
+    def _is_due(self, delta: Delta) -> bool:
+        first = delta.completion_tokens <= len(delta.tokens)
+        return first or delta.finish_reason is not None or self._rested >= self._gather
+
+    @property
+    def _gather(self) -> float:
+        """Seconds that deltas may wait for others."""
+        return min(GATHER_S * len(self._streams), LONGEST_GATHER_S)
+
+    @property
+    def _rested(self) -> float:
+        """Seconds since the last delivery."""
+        return time.monotonic() - self._delivered
+
     def _deliver(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
         with self._lock:
             posted, self._posted = self._posted, []
             self._scheduled = False
+            self._delivered = time.monotonic()
+        if not posted:
+            return
+        # Deliveries follow the steps, so as not to fall into the next one; but a step can take long.
+        self._timer = self._loop.call_later(2 * self._gather, self._deliver)
         self.wakeups += 1
         for delta in posted:
             stream = self._streams.get(delta.request_id)

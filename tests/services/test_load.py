@@ -218,6 +218,36 @@ async def test_one_step_wakes_the_loop_once() -> None:
     assert [await stream.read() for stream in streams] == [[]] * 50
 
 
+async def test_with_many_streams_tokens_wait_for_each_other_but_first_and_last_ones_do_not() -> None:
+    mailbox = Mailbox(asyncio.get_running_loop())
+    streams = [Stream([str(n)], mailbox.detach) for n in range(15)]
+    for stream in streams:
+        mailbox.attach(stream)
+
+    def post(count: int, last: bool = False) -> None:
+        reason = "stop" if last else None
+        mailbox.post(
+            Delta(request_id="0", text="x", tokens=(1,), completion_tokens=count, finish_reason=reason)
+        )
+
+    post(1)
+    await asyncio.sleep(0)
+    assert streams[0].pending == 1
+    post(2)
+    await asyncio.sleep(0.005)
+    assert streams[0].pending == 1, "it waits for the tokens of the next step"
+    await asyncio.sleep(0.2)
+    assert streams[0].pending == 2, "but not for long, though no step follows"
+    post(3)
+    await asyncio.sleep(0)
+    post(4)
+    await asyncio.sleep(0)
+    assert streams[0].pending == 3
+    post(5, last=True)
+    await asyncio.sleep(0)
+    assert streams[0].pending == 5
+
+
 async def test_what_arrives_after_closing_is_dropped() -> None:
     mailbox = Mailbox(asyncio.get_running_loop())
     closed: list[Stream] = []
