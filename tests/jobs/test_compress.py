@@ -298,7 +298,7 @@ class TestWhatIsThereAlready:
 class TestRefusals:
     def test_too_little_memory(self, dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("axicon.compress.estimate.available_memory", lambda: 100_000)
-        with pytest.raises(AxiconError, match=r"about 0\.00 GiB of memory, 0\.00 GiB are available; stop"):
+        with pytest.raises(AxiconError, match=r"about 0\.03 GiB of memory, 0\.00 GiB are available; stop"):
             run(dense, tmp_path / "small")
         assert not (tmp_path / "small").exists()
 
@@ -469,5 +469,5 @@ def test_estimates_grow_with_the_model(dense: Path) -> None:
     assert need.memory >= 272 * 96 * 16
     # int8 blocks and head, an embedding of bfloat16: 1.5 bytes a weight, give or take the norms.
     assert 1.2 * whole < need.disk - (32 << 20) < 2 * whole
-    assert machine.available_memory() is None or need.memory < 10**7
+    assert machine.available_memory() is None or need.memory < 10**8
     assert need.seconds > need.block_seconds

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -83,6 +84,17 @@ def test_equal_tensors_are_equal_bytes(tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
         write_weights(tmp_path / name, [("a", torch.ones(3)), ("b", torch.zeros(2))])
     assert (tmp_path / "x" / SINGLE).read_bytes() == (tmp_path / "y" / SINGLE).read_bytes()
+
+
+def test_a_system_that_takes_little_at_a_time_gets_every_byte(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = os.write
+    monkeypatch.setattr(os, "write", lambda descriptor, data: write(descriptor, data[:1000]))
+    wide = torch.randn(50, 40)
+    write_weights(tmp_path, [("wide", wide)])
+    monkeypatch.undo()
+    assert torch.equal(load_file(tmp_path / SINGLE)["wide"], wide)
 
 
 def test_a_name_is_written_once_and_a_failure_leaves_no_whole_file(tmp_path: Path) -> None:
