@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import math
 import os
+import re
 import secrets
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 from rich.table import Table
 
 from axicon.errors import AxiconError
-from jobs.compare import BITS, METHODS, PERPLEXITY, SPEEDS, WEIGHTS, Cell, Comparison, difference
+from jobs.compare import BITS, METHODS, PERPLEXITY, SPEEDS, WEIGHTS, Cell, Comparison, Figure, difference
 from jobs.shown import size
 
 SUFFIXES = (".svg", ".png")
@@ -46,12 +47,20 @@ def _cell(comparison: Comparison, row: str, place: int, notes: list[str]) -> str
     if not cell.comparable:
         base = next(one.figure for one in comparison.rows[row] if one.comparable)
         kinds = [key for key in base.basis if base.basis[key] != figure.basis.get(key)]
-        said = (
-            f"{column.name}, {row} {written(row, figure.value)}, not comparable: {difference(figure, base)}"
-        )
+        said = f"{column.name}, {row} {written(row, figure.value)}, not comparable: "
+        said += difference(figure, base)
+        if command := column.command_for(row):
+            said += f"; {command}{measured_like(base) if row == PERPLEXITY else ''}"
         return f"other {' and '.join(kinds)} {_note(said, notes)}"
     percent = "" if cell.percent is None else f" ({cell.percent:+.1f} %)"
     return written(row, figure.value) + percent
+
+
+def measured_like(figure: Figure) -> str:
+    """The settings of `axicon evaluate` for a perplexity that compares with this one."""
+    settings = f" windows={figure.basis.get('windows')}"
+    known = re.fullmatch(r".*, window (\d+), (\w+)", str(figure.basis.get("protocol")))
+    return settings + (f" window={known[1]} dtype={known[2]}" if known else "")
 
 
 def _note(text: str, notes: list[str]) -> str:
@@ -84,12 +93,12 @@ def why_no_picture(comparison: Comparison) -> str | None:
 def draw(comparison: Comparison, path: Path) -> None:
     """Size against perplexity, and speeds, as far as there are any. Raises AxiconError."""
     import matplotlib
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure as Sheet
 
     points, speeds = _points(comparison), _speeds(comparison)
     panels = [panel for panel, there in ((_draw_quality, points), (_draw_speeds, speeds)) if there]
     height = max(3.6, 1.4 + 0.62 * len(speeds))
-    figure = Figure(figsize=(6.2 * len(panels), height), layout="constrained", dpi=140)
+    figure = Sheet(figsize=(6.2 * len(panels), height), layout="constrained", dpi=140)
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
     with matplotlib.rc_context({"svg.hashsalt": "axicon", "svg.fonttype": "none"}):
         for panel, axis in zip(panels, axes, strict=True):

@@ -126,6 +126,7 @@ def test_perplexity_measured_otherwise_is_not_compared(
     text = shown(dense, packed, "plot=none")
     assert "packed, perplexity 21.000, not comparable: " in text
     assert says in text
+    assert "axicon evaluate packed text=FILE windows=2 window=512 dtype=float32" in text
     assert "21.000 (+" not in text
 
 
