@@ -5,6 +5,8 @@ A log is whole lines. The first says what runs where, the last what came of it.
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import hashlib
 import json
 import os
@@ -12,10 +14,13 @@ import platform
 import sys
 from typing import Any, TypeVar
 
-from axicon.model.presence import live_servers
+from axicon.model.presence import living, present
 from axicon.recipe import ModelRecipe, Recipe
 
 R = TypeVar("R", bound=Recipe)
+
+_signs = contextlib.ExitStack()
+atexit.register(_signs.close)
 
 JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """Where Ray tells the entrypoint of a job what it was submitted as."""
@@ -65,7 +70,8 @@ def begin(verb: str, recipe: R) -> R:
     place = f"{platform.node()}{f' ({node})' if node else ''}"
     said = f"axicon {verb}, job {name}, recipe {digest(verb, recipe.model_dump(mode='json'))}, on {place}"
     if isinstance(recipe, ModelRecipe):
-        servers = live_servers()
+        _signs.enter_context(present("job"))
+        servers = living("server")
         if recipe.threads is not None:
             said += f", threads={recipe.threads}"
         elif servers:

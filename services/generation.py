@@ -16,7 +16,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, cast
 
 from axicon.generate.request import Delta, Limits, Overloaded, Request
-from axicon.model.presence import serving
+from axicon.model.presence import living, present
 from axicon.recipe import ServeRecipe
 from services.auth import Access
 from services.errors import ApiError
@@ -94,7 +94,7 @@ class GenerationServer:
     async def start(self) -> None:
         """Load the model and begin to answer. Raises AxiconError when it cannot be served."""
         await asyncio.to_thread(self.thread.start)
-        self._signs.enter_context(serving())
+        self._signs.enter_context(present("server"))
         self._mailbox = Mailbox(asyncio.get_running_loop(), self._observe)
         self._served = served = await asyncio.to_thread(self._describe)
         self._metrics = Metrics(served.name, self.thread.stats)
@@ -203,13 +203,14 @@ class GenerationServer:
         return max(1, min(LONGEST_WAIT_S, round(mean * rounds / 2)))
 
     async def _watch(self) -> None:
-        """Measure the event loop's lag, and give up streams that nobody reads any more."""
+        """Measure the event loop's lag, look for jobs beside us, and give up streams that nobody reads."""
         assert self._metrics is not None
         assert self._mailbox is not None
         while True:
             begin = time.monotonic()
             await asyncio.sleep(WATCH_S)
             now = time.monotonic()
+            self.thread.share(bool(living("job")))
             if self.thread.error is not None:
                 for stream in self._mailbox.streams:
                     stream.fail(ApiError(500, "The engine has stopped.", code="engine_error"))

@@ -46,6 +46,9 @@ class EngineThread:
         self._busy_since: float | None = None
         """When the last step ended, or work arrived, while there is work."""
         self._fewer_threads: int | None = None
+        self._sharing = False
+        self._alone: int | None = None
+        """Threads before a job began to share the machine, while it does."""
         self.error: BaseException | None = None
         """What ended the thread, if something did."""
         self._thread = threading.Thread(target=self._run, name="axicon-engine", daemon=True)
@@ -102,6 +105,12 @@ class EngineThread:
         busy = self._busy_since
         running = self._ready.is_set() and self.error is None and self._thread.is_alive()
         return running and (busy is None or time.monotonic() - busy <= max_stall_s)
+
+    def share(self, sharing: bool) -> None:
+        """Say, from any thread, whether a job computes on this machine. While one does, one thread of ours is
+        as fast and its longest steps are shorter (docs/results.md); it is taken where bits stay the same.
+        """
+        self._sharing = sharing
 
     def stats(self) -> EngineStats:
         return self.engine.stats()
@@ -172,6 +181,9 @@ class EngineThread:
         runner = engine.runner
         if self._watchdog is None or not isinstance(runner, LocalRunner):
             return
+        if runner.native and self._sharing == (self._alone is None):
+            before, self._alone = self._alone, torch.get_num_threads() if self._sharing else None
+            runner.set_threads(1 if before is None else before)
         threads = torch.get_num_threads()
         if engine.decode_only and self._watchdog.too_uneven(engine.stats().step_seconds) and threads > 1:
             self._fewer_threads = threads // 2

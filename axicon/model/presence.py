@@ -1,7 +1,7 @@
-"""Which servers of axicon run on this machine, for those who share its cores with them.
+"""Which servers and jobs of axicon run on this machine, for those who share its cores with them.
 
-A server holds a lock on a file of its own in a folder of this machine and user. Locks end with their process
-in whatever way it ends, so nothing has to be trusted or tidied up.
+Each holds a lock on a file of its own in a folder of this machine and user. Locks end with their process in
+whatever way it ends, so nothing has to be trusted or tidied up.
 """
 
 from __future__ import annotations
@@ -12,24 +12,26 @@ import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, Literal
 
 log = logging.getLogger("axicon")
+
+Kind = Literal["server", "job"]
 
 FOLDER = Path("/tmp") / f"axicon-{os.getuid()}"
 """Not TMPDIR, which differs between servers, nor under HOME, which machines may share."""
 
 
 @contextlib.contextmanager
-def serving() -> Iterator[None]:
-    """This process is a server for the time of the block."""
-    path = FOLDER / f"server-{os.getpid()}"
+def present(kind: Kind) -> Iterator[None]:
+    """This process is a server, or a job, for the time of the block."""
+    path = FOLDER / f"{kind}-{os.getpid()}"
     try:
         _private(FOLDER)
         file = _lock(path)
     except OSError as error:
-        # A server without a sign still serves; its neighbours are only less polite.
-        log.warning("%s: cannot be written (%s), so jobs beside this server will use all cores", path, error)
+        # All works without a sign; the neighbours are only less polite.
+        log.warning("%s: cannot be written (%s), so others take no account of this %s", path, error, kind)
         yield
         return
     with file:
@@ -39,16 +41,16 @@ def serving() -> Iterator[None]:
             path.unlink(missing_ok=True)
 
 
-def live_servers() -> list[int]:
-    """Process ids of the servers of this user on this machine."""
+def living(kind: Kind) -> list[int]:
+    """Process ids of the servers, or jobs, of this user on this machine."""
     found = []
     try:
         _private(FOLDER)
-        paths = list(FOLDER.glob("server-*"))
+        paths = list(FOLDER.glob(f"{kind}-*"))
     except OSError:
         return []
     for path in paths:
-        number = path.name.removeprefix("server-")
+        number = path.name.removeprefix(f"{kind}-")
         if number.isdigit() and _held(path):
             found.append(int(number))
     return sorted(found)

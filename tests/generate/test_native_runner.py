@@ -5,6 +5,7 @@ never a secret.
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable
 
 import pytest
@@ -12,8 +13,9 @@ import torch
 
 from axicon.errors import AxiconError
 from axicon.generate.engine import Engine
-from axicon.generate.request import Request, SamplingParams
+from axicon.generate.request import Delta, Request, SamplingParams
 from axicon.generate.runner import LocalRunner
+from axicon.generate.thread import EngineThread
 from axicon.kernels import native
 from axicon.model.decoder import Decoder
 from axicon.model.shape import ModelShape
@@ -111,3 +113,42 @@ def test_a_tree_through_the_runner_is_what_torch_computes(make_step: Callable[..
         got.append(torch.cat([logits, after]))
     error = (got[0] - got[1]).abs().amax(1)
     assert (error <= 0.03 * got[1].abs().amax(1)).all()
+
+
+def asked(thread: EngineThread) -> tuple[set[int], tuple[int, ...]]:
+    """The compute threads during one request, and its tokens."""
+    threads: set[int] = set()
+    tokens: list[int] = []
+    done = threading.Event()
+
+    def receive(delta: Delta) -> None:
+        threads.add(torch.get_num_threads())
+        tokens.extend(delta.tokens)
+        if delta.finish_reason:
+            done.set()
+
+    params = SamplingParams(max_tokens=12, temperature=0.9, seed=3, ignore_eos=True)
+    thread.submit(Request(id="a", prompt=[5, 6, 7], params=params), receive)
+    assert done.wait(30)
+    return threads, tuple(tokens)
+
+
+def test_one_thread_while_a_job_shares_the_machine_and_the_same_text(letters: object) -> None:
+    fast, before = runner(tiny()), torch.get_num_threads()
+
+    def build() -> Engine:
+        torch.set_num_threads(2)
+        return Engine(fast, letters, eos_ids=[1])  # type: ignore[arg-type]
+
+    thread, seen = EngineThread(build), []
+    thread.start(30)
+    try:
+        for sharing in (False, True, True, False):
+            thread.share(sharing)
+            asked(thread)  # the change comes with the end of a step
+            seen.append(asked(thread))
+    finally:
+        thread.close(20)
+        torch.set_num_threads(before)
+    assert [threads for threads, _ in seen] == [{2}, {1}, {1}, {2}]
+    assert len({tokens for _, tokens in seen}) == 1

@@ -359,9 +359,10 @@ def test_one_thing_at_a_time(words: tuple[str, ...], capsys: pytest.CaptureFixtu
 def in_a_job(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[int]], None]:
     monkeypatch.setenv(submitted.JOB_CONFIG, json.dumps({"metadata": {"job_submission_id": "me"}}))
     monkeypatch.setattr(submitted, "step_back", lambda: None)
+    monkeypatch.setattr(submitted, "present", lambda kind: contextlib.nullcontext())
 
     def beside(servers: list[int]) -> None:
-        monkeypatch.setattr(submitted, "live_servers", lambda: servers)
+        monkeypatch.setattr(submitted, "living", lambda kind: servers)
 
     return beside
 
@@ -381,7 +382,7 @@ def test_beside_a_server_a_job_takes_one_thread_and_says_so(
 def test_outside_a_job_nothing_is_said_or_changed(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(submitted, "live_servers", lambda: [77])
+    monkeypatch.setattr(submitted, "living", lambda kind: [77])
     assert submitted.begin("evaluate", EvaluateRecipe()).threads is None
     assert capsys.readouterr().err == ""
 

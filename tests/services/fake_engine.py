@@ -89,6 +89,9 @@ class FakeThread:
     def start(self, timeout: float | None = None) -> None:
         self._thread.start()
 
+    def share(self, sharing: bool) -> None:
+        self.sharing = sharing
+
     def close(self) -> None:
         self._closed.set()
         self._going.set()
