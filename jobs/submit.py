@@ -13,7 +13,7 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -23,6 +23,7 @@ import click
 import psutil
 
 from axicon.errors import AxiconError, RunFailed
+from axicon.model.presence import present
 from jobs import dashboard, follow, parcel, plan, running
 from jobs.address import is_loopback
 from jobs.stop import Stopped
@@ -73,7 +74,8 @@ def run(
         plan.make(group, verb, words, here=True, sent=folder)
         found = dashboard.find(how.cluster, how.address)
         here = on_this_machine(found)
-        with client(found) as jobs:
+        # A server here makes room before the job's processes start, which is when they take most.
+        with present("job") if here else nullcontext(), client(found) as jobs:
             todo = plan.make(group, verb, words, here=here, sent=folder)
             package = parcel.look(folder)
             name, known = attempt(jobs, how.id or todo.name(package.digest), again=how.again)
