@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 FinishReason = Literal["stop", "length", "cancelled", "deadline", "error"]
@@ -87,6 +87,14 @@ class Delta:
     prompt_tokens: int = 0
     completion_tokens: int = 0
     """Counts so far."""
+
+    def followed_by(self, later: Delta) -> Delta:
+        """This and the next delta of the same choice as one."""
+        return replace(
+            later, text=self.text + later.text, tokens=self.tokens + later.tokens,
+            logprobs=self.logprobs + later.logprobs,
+            prompt_logprobs=later.prompt_logprobs if self.prompt_logprobs is None else self.prompt_logprobs,
+        )  # fmt: skip
 
 
 class RequestError(ValueError):

@@ -46,9 +46,7 @@ def test_an_address_of_another_machine_is_refused(free_port: int, monkeypatch: p
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::"])
-def test_others_are_let_in_only_with_keys(
-    host: str, free_port: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_others_are_let_in_only_with_keys(host: str, free_port: int, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(AxiconError, match="no API keys are configured"):
         address.check_address(recipe(host=host, port=free_port))
     monkeypatch.setenv("KEYS", "secret")
