@@ -164,9 +164,15 @@ async def served(bench: ServerBench, prompts: Sequence[Sequence[int]], new_token
             f"a stream made {short[0]} tokens, not {new_tokens}; is the model's context too short?"
         )
     first = max(one.events[0] for one in done)
-    end = max(one.events[-1] for one in done)
-    # Tokens before `first` are counted by their share of events: with one token per event this is exact.
-    late = sum(sum(at > first for at in one.events) / len(one.events) * one.tokens for one in done)
+    # Until the first stream ends, as in-process: the rate of the few that are left is not the rate of all.
+    end = min(one.events[-1] for one in done)
+    if end <= first:
+        raise AxiconError("a stream ended before the last one began; raise new_tokens")
+    # A first event is one token; the others of a stream are taken for equally large.
+    late = sum(
+        sum(first < at <= end for at in one.events[1:]) * (one.tokens - 1) / max(1, len(one.events) - 1)
+        for one in done
+    )
     return {
         "decode_rate": late / (end - first),
         "first_token": statistics.mean(one.events[0] for one in done),
@@ -221,7 +227,7 @@ def _turns(bench: ServerBench, threads: int) -> dict[str, Any]:
             return worker.run(streams=bench.streams, prompt_tokens=bench.prompt_tokens, new_tokens=new_tokens)
 
         prompts = make_prompts(bench.streams, bench.prompt_tokens, worker.about["vocab"])
-        asyncio.run(served(bench, prompts, WARM_TOKENS))
+        asyncio.run(served(bench, prompts, WARM_TOKENS * 4))
         local(WARM_TOKENS)
         for turn in range(bench.rounds):
             over_http.append(asyncio.run(served(bench, prompts, bench.new_tokens)))
