@@ -17,7 +17,7 @@ import torch
 from axicon.generate.engine import Engine
 from axicon.generate.request import Delta, EngineStats, FinishReason, Overloaded, Request, RequestError
 from axicon.generate.runner import LocalRunner
-from axicon.generate.watchdog import StepWatchdog
+from axicon.generate.watchdog import ThreadPolicy
 
 log = logging.getLogger("axicon")
 
@@ -27,14 +27,14 @@ OnDelta = Callable[[Delta], None]
 class EngineThread:
     """`start` it, `submit` requests, `close` it. Deltas arrive in the engine thread: only hand them on there.
 
-    watchdog: halve the compute threads when steps become very uneven. Results stay the same or, where the
-    bits of this model depend on the thread count, it waits until nothing is running; the fingerprint changes
-    either way.
+    watchdog: halve the compute threads when steps become very uneven, and try more again later. Results stay
+    the same or, where the bits of this model depend on the thread count, it waits until nothing is running;
+    the fingerprint changes either way.
     """
 
     def __init__(self, make_engine: Callable[[], Engine], *, watchdog: bool = True) -> None:
         self._make_engine = make_engine
-        self._watchdog = StepWatchdog() if watchdog else None
+        self._watchdog = watchdog
         self._engine: Engine | None = None
         self._wake = threading.Condition()
         self._inbox: list[Request | str] = []
@@ -45,10 +45,10 @@ class EngineThread:
         self._ready = threading.Event()
         self._busy_since: float | None = None
         """When the last step ended, or work arrived, while there is work."""
-        self._fewer_threads: int | None = None
+        self._policy: ThreadPolicy | None = None
+        """Made when the engine's threads are known, if there is to be one."""
         self._sharing = False
-        self._alone: int | None = None
-        """Threads before a job began to share the machine, while it does."""
+        self._known_bits: dict[tuple[int, int], bool] = {}
         self.error: BaseException | None = None
         """What ended the thread, if something did."""
         self._thread = threading.Thread(target=self._run, name="axicon-engine", daemon=True)
@@ -107,9 +107,8 @@ class EngineThread:
         return running and (busy is None or time.monotonic() - busy <= max_stall_s)
 
     def share(self, sharing: bool) -> None:
-        """Say, from any thread, whether a job computes on this machine. While one does, one thread of ours is
-        as fast and its longest steps are shorter (docs/results.md); it is taken where bits stay the same.
-        """
+        """Say, from any thread, whether a job computes on this machine: then one thread is taken, where bits
+        stay the same."""
         self._sharing = sharing
 
     def stats(self) -> EngineStats:
@@ -126,6 +125,7 @@ class EngineThread:
     def _run(self) -> None:
         try:
             engine = self._engine = self._make_engine()
+            self._policy = ThreadPolicy(torch.get_num_threads()) if self._watchdog else None
             # What loading left behind is never looked at again: a full collection would last many steps.
             gc.collect()
             gc.freeze()
@@ -179,18 +179,22 @@ class EngineThread:
     def _note_step(self, engine: Engine) -> None:
         self._busy_since = time.monotonic() if engine.has_work else None
         runner = engine.runner
-        if self._watchdog is None or not isinstance(runner, LocalRunner):
+        if self._policy is None or not isinstance(runner, LocalRunner):
             return
-        if runner.native and self._sharing == (self._alone is None):
-            before, self._alone = self._alone, torch.get_num_threads() if self._sharing else None
-            runner.set_threads(1 if before is None else before)
-        threads = torch.get_num_threads()
-        if engine.decode_only and self._watchdog.too_uneven(engine.stats().step_seconds) and threads > 1:
-            self._fewer_threads = threads // 2
-        if self._fewer_threads and (not engine.has_work or runner.same_bits_with(self._fewer_threads)):
-            runner.set_threads(self._fewer_threads)
-            log.warning("steps are uneven, another process is busy: %d threads now", self._fewer_threads)
-            self._fewer_threads = None
+        policy = self._policy
+        policy.sharing = self._sharing and runner.native is not None
+        if engine.decode_only and policy.note(engine.stats().step_seconds):
+            log.warning("steps are uneven, another process is busy: %d threads from now on", policy.wanted)
+        now, wanted = torch.get_num_threads(), policy.wanted
+        if wanted != now and (not engine.has_work or self._same_bits(runner, now, wanted)):
+            runner.set_threads(wanted)
+
+    def _same_bits(self, runner: LocalRunner, now: int, wanted: int) -> bool:
+        """What `runner` says, asked once: that is a probe."""
+        pair = (now, wanted)
+        if pair not in self._known_bits:
+            self._known_bits[pair] = runner.same_bits_with(wanted)
+        return self._known_bits[pair]
 
 
 def _ended(key: tuple[str, int], reason: FinishReason, error: BaseException | None) -> Delta:

@@ -14,7 +14,7 @@ from axicon.generate.engine import Engine
 from axicon.generate.request import Limits, Overloaded, Request, RequestError, SamplingParams
 from axicon.generate.runner import LocalRunner
 from axicon.generate.thread import EngineThread
-from axicon.generate.watchdog import WINDOW, StepWatchdog
+from axicon.generate.watchdog import FIRST_LOOK, FIRST_PAUSE_S, WINDOW, StepWatchdog, ThreadPolicy
 
 
 def request(name, choice=0, prompt=(5, 6, 7), **params):
@@ -251,12 +251,43 @@ def test_a_receiver_that_fails_hurts_nobody(make_thread):
     assert eventually(lambda: thread.stats().finished_total == {"length": 1, "cancelled": 1})
 
 
-def test_watchdog_wants_a_whole_window_of_uneven_steps():
+def test_watchdog_forgives_hiccups_and_sees_uneven_steps_soon():
     dog = StepWatchdog()
-    assert not any(dog.too_uneven(0.01) for _ in range(WINDOW))
-    assert not any(dog.too_uneven(0.5 if i == 7 else 0.01) for i in range(WINDOW)), "one hiccup"
-    answers = [dog.too_uneven(0.05 if i % 50 == 7 else 0.01) for i in range(WINDOW)]
-    assert answers == [False] * (WINDOW - 1) + [True]
+    assert not any(dog.too_uneven(0.5 if i % 40 == 7 else 0.01) for i in range(10 * WINDOW)), "hiccups"
+    dog.begin_anew()
+    answers = [dog.too_uneven(0.05 if i % 5 == 2 else 0.01) for i in range(FIRST_LOOK)]
+    assert answers == [False] * (FIRST_LOOK - 1) + [True]
+    assert not any(dog.too_uneven(0.02) for _ in range(WINDOW)), "slower, but even"
+
+
+def test_threads_come_back_and_are_tried_later_after_every_try_in_vain():
+    now = [0.0]
+    policy = ThreadPolicy(4, clock=lambda: now[0])
+
+    def steps(seconds, count=FIRST_LOOK):
+        for i in range(count):
+            policy.note(seconds * (5 if i % 4 == 0 else 1))
+
+    steps(0.01)
+    assert policy.wanted == 2
+    now[0] = FIRST_PAUSE_S - 1
+    policy.note(0.01)
+    assert policy.wanted == 2
+    now[0] = FIRST_PAUSE_S
+    policy.note(0.01)
+    assert policy.wanted == 4
+    steps(0.01)
+    assert policy.wanted == 2, "in vain"
+    now[0] += 2 * FIRST_PAUSE_S - 1
+    policy.note(0.01)
+    assert policy.wanted == 2, "so it waits twice as long"
+    now[0] += 1
+    policy.note(0.01)
+    assert policy.wanted == 4
+    policy.sharing = True
+    assert policy.wanted == 1
+    policy.sharing = False
+    assert policy.wanted == 4
 
 
 def test_uneven_steps_halve_the_threads_and_change_the_fingerprint(decoder64, letters, monkeypatch):
