@@ -27,7 +27,9 @@ from axicon.model.machine import available_memory
 from axicon.model.packed import PackedLinear
 from axicon.model.shape import ModelShape
 from axicon.model.shards import Stored, open_weights, weight_files
-from axicon.model.weights import Place, ignorable, set_tensor, tensor_at, weight_map, whole_map
+from axicon.model.weights import (
+    Place, as_placed, head_name, ignorable, set_tensor, tensor_at, weight_map, whole_map,
+)  # fmt: skip
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -263,7 +265,7 @@ def _fill(plan: _Plan) -> None:
         target = values[place.parameter]
         if place.rows is not None:
             target = target[place.rows]
-        target.copy_(source.tensor())
+        target.copy_(as_placed(place, source.tensor()))
         source.file.forget()
         # Smallest and largest are NaN if any element is: one pass, nothing allocated.
         floating = target.is_floating_point() and name not in plan.non_finite
@@ -279,14 +281,15 @@ def _fill(plan: _Plan) -> None:
 def _check_tied(plan: _Plan) -> None:
     """A head stored although it is tied must be the embedding, or the config is wrong about the model."""
     decoder, stored = plan.decoder, plan.stored
-    if not (decoder.shape.tie_head and decoder.has_head and "lm_head.weight" in stored):
+    name = head_name(decoder.shape)
+    if not (decoder.shape.tie_head and decoder.has_head and name in stored):
         return
     if isinstance(decoder.lm_head, PackedLinear):
         raise AxiconError(
-            f"{plan.folder}: lm_head.weight beside the packed head, which the config does not know; "
+            f"{plan.folder}: {name} beside the packed head, which the config does not know; "
             "make the model again")
-    ours, theirs = decoder.lm_head.weight, stored["lm_head.weight"].tensor()
+    ours, theirs = decoder.lm_head.weight, stored[name].tensor()
     if ours.shape != theirs.shape or not torch.equal(ours, theirs.to(ours.dtype)):
         raise AxiconError(
-            f"{plan.folder}: lm_head.weight differs from the embedding although config.json ties them; "
+            f"{plan.folder}: {name} differs from the embedding although config.json ties them; "
             "set tie_word_embeddings to false if the head is the model's own")

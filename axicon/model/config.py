@@ -116,6 +116,23 @@ class Reader:
             raise AxiconError(f"config.json: {key} {value!r} is not built in; known are {known}")
         return ACTIVATIONS[value]
 
+    def partial_rope(self, positions: int, head_width: int) -> dict[str, Any]:
+        """The same where only the first channels of a head rotate, in GPT-NeoX's names: a quarter, unless
+        `rotary_pct` says otherwise."""
+        share, theta = self.number("rotary_pct", 0.25), self.number("rotary_emb_base", 10000.0)
+        found = self.config.get("rope_parameters") or self.config.get("rope_scaling") or {}
+        if not isinstance(found, Mapping):
+            raise AxiconError(f"config.json: rope parameters are {found!r}, expected an object")
+        found = {"rope_theta": theta, "partial_rotary_factor": share, **found}
+        share = Reader(found, {}).number("partial_rotary_factor", 1.0)
+        width = int(head_width * share)
+        if share > 1 or width < 2 or width % 2:
+            raise AxiconError(
+                f"config.json: {share:g} of the {head_width} channels of a head rotate, expected a share "
+                "from 0 to 1 that makes pairs")
+        rope = Reader({**self.config, "rope_parameters": found | {"partial_rotary_factor": None}}, {})
+        return rope.rope(positions) | {"width": None if width == head_width else width}
+
     def rope(self, positions: int) -> dict[str, Any]:
         """Arguments of `Rope`, from `rope_parameters` or the older `rope_theta` and `rope_scaling`."""
         found = self.config.get("rope_parameters") or self.config.get("rope_scaling") or {}

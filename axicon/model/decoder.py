@@ -64,8 +64,9 @@ class Norm(nn.Module):
 
 
 def inverse_frequencies(rope: Rope, head_width: int) -> Tensor:
-    """float32 (K / 2,)."""
-    plain = 1.0 / (rope.theta ** (torch.arange(0, head_width, 2, dtype=torch.float32) / head_width))
+    """float32 (K / 2,), or half of the channels that rotate."""
+    width = rope.width or head_width
+    plain = 1.0 / (rope.theta ** (torch.arange(0, width, 2, dtype=torch.float32) / width))
     if rope.kind == "default":
         return plain
     if rope.kind == "linear":
@@ -91,8 +92,14 @@ def rotary(positions_N: Tensor, frequencies: Tensor, dtype: torch.dtype) -> Rota
 
 
 def rotate(x_NHK: Tensor, rotary: Rotary) -> Tensor:
-    """Rotate pairs (i, i + K/2) by the row's angle: x * cos + swap_halves(x) * signed sin."""
+    """Rotate pairs (i, i + K/2) by the row's angle: x * cos + swap_halves(x) * signed sin.
+
+    Where the table is narrower than a head, the channels behind it stay as they are.
+    """
     cos, sin = rotary
+    width = cos.shape[-1]
+    if width < x_NHK.shape[-1]:
+        return torch.cat([rotate(x_NHK[..., :width], rotary), x_NHK[..., width:]], -1)
     return torch.addcmul(x_NHK * cos, x_NHK.roll(x_NHK.shape[-1] // 2, -1), sin)
 
 
@@ -104,6 +111,8 @@ class Block(nn.Module):
         s: BlockShape = shape.blocks[index]
         if s.attention not in VARIANTS:
             raise ValueError(f"attention variant {s.attention!r}, known are {', '.join(VARIANTS)}")
+        if s.parallel and (s.attention_shortcut or s.mlp_shortcut or not shape.norm_first):
+            raise ValueError("a parallel block has its norms first and no shortcuts")
         self.shape, self.index = s, index
         self.scale, self.window, self.variant = s.scale, s.window, s.attention
         self.norm_first, self.gated = shape.norm_first, s.gated
@@ -126,6 +135,9 @@ class Block(nn.Module):
 
     def forward(self, x_ND: Tensor, rotary: Rotary | None, attend: Attend) -> Tensor:
         """Residual stream in (N, width_in) and out (N, width_out)."""
+        if self.shape.parallel:
+            beside = self.mlp(self.mlp_norm(x_ND))
+            return x_ND + (beside + self.attention(self.attention_norm(x_ND), rotary, attend))
         residual = x_ND if self.attention_shortcut is None else self.attention_shortcut(x_ND)
         if self.norm_first:
             x = residual + self.attention(self.attention_norm(x_ND), rotary, attend)

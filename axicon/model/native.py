@@ -37,6 +37,8 @@ def why_not(decoder: Decoder) -> str | None:
         ),
         "its norms follow the residual sum": not shape.norm_first or not shape.final_norm,
         "it projects between embedding and residual width": shape.project_in or shape.project_out,
+        "its attention and MLP run side by side": any(b.parallel for b in shape.blocks),
+        "only some channels of a head rotate": shape.rope is not None and shape.rope.width is not None,
         "it has shortcuts": any(b.attention_shortcut or b.mlp_shortcut for b in shape.blocks),
         "its attention is not the plain one": any(b.attention != "plain" for b in shape.blocks),
         f"its head width is not one of {native.HEAD_WIDTHS}": first.head_width not in native.HEAD_WIDTHS,
@@ -82,6 +84,8 @@ class NativeDecoder:
             raise ValueError(f"the CPU kernels cannot run this model: {reason}")
         self.library = native.library()
         self.shape = decoder.shape
+        self._window = min((b.window for b in decoder.shape.blocks if b.window is not None), default=None)
+        """They tell the ages of a tree's nodes by their slots, which is right while it fits the window."""
         self._keep: list[Tensor] = []
         self._columns: dict[int, _Column] = {}
         self._buffers = self.library.axicon_buffers_new()
@@ -113,6 +117,8 @@ class NativeDecoder:
     def forward(self, rows: Rows) -> Tensor:
         """float32 logits (wanted, V). Keys and values of the nodes are staged in `rows.caches`."""
         count, wanted = len(rows.request_N), len(rows.wanted)
+        if self._window is not None and rows.hidden_NW is not None and max(rows.offset_N) >= self._window:
+            raise ValueError(f"a tree of more than {self._window} nodes, the sliding window of this model")
         logits_WV = torch.empty(wanted, self.shape.vocab)
         tokens, positions = rows.tokens_N.contiguous(), rows.positions_N.contiguous()
         request, offset, wanted_rows, committed = (

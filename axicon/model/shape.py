@@ -34,6 +34,8 @@ class Rope:
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_positions: int = 8192
+    width: int | None = None
+    """Channels of each head that rotate, the first ones (GPT-NeoX); None rotates all."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,6 +64,8 @@ class BlockShape:
     """Variant of the attention function, a key of `axicon.model.attention.VARIANTS`."""
     window: int | None = None
     """Sliding window: position p sees p - window + 1 .. p. None sees everything before it."""
+    parallel: bool = False
+    """MLP beside attention, both on the block's input: x + attention(norm(x)) + mlp(norm'(x)) (GPT-NeoX)."""
     attention_shortcut: bool = False
     """A matrix on the residual around attention instead of the identity, (width_in -> width_middle)."""
     mlp_shortcut: bool = False
@@ -83,9 +87,9 @@ class BlockShape:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelShape:
-    family: Literal["opt", "llama"]
+    family: Literal["opt", "llama", "gpt_neox"]
     architecture: str
-    """`model_type` of the config: opt, llama, mistral, qwen2, qwen3."""
+    """`model_type` of the config: opt, llama, mistral, qwen2, qwen3, gpt_neox."""
     vocab: int
     embedding_width: int
     """Columns of the token embedding; projected to the first block's width where they differ (OPT-350m)."""
@@ -177,6 +181,29 @@ def _multiple(name: str, whole: int, part_name: str, part: int) -> int:
     return whole // part
 
 
+def _gpt_neox(c: Reader) -> ModelShape:
+    """GPT-NeoX and Pythia (arXiv:2204.06745), as in transformers' `GPTNeoXConfig`."""
+    width, heads = c.size("hidden_size", 6144), c.size("num_attention_heads", 64)
+    head_width = _multiple("hidden_size", width, "num_attention_heads", heads)
+    positions, bias = c.size("max_position_embeddings", 2048), c.flag("attention_bias", True)
+    block = BlockShape(
+        width_in=width, width_middle=width, width_out=width,
+        heads=heads, kv_heads=heads, head_width=head_width,
+        hidden=c.size("intermediate_size", 24576), scale=head_width**-0.5, gated=False,
+        qkv_bias=bias, out_bias=bias, mlp_bias=True, parallel=c.flag("use_parallel_residual", True),
+    )
+    shape = ModelShape(
+        family="gpt_neox", architecture="gpt_neox", vocab=c.size("vocab_size", 50432), embedding_width=width,
+        head_width=width, blocks=(block,) * c.size("num_hidden_layers", 44, MOST_LAYERS),
+        max_positions=positions, norm="layer", norm_eps=c.number("layer_norm_eps", 1e-5), norm_width=width,
+        activation=c.activation("hidden_act", "gelu"), rope=Rope(**c.partial_rope(positions, head_width)),
+        tie_head=c.flag("tie_word_embeddings", False), bos_id=c.token("bos_token_id", 0),
+        eos_ids=c.end_tokens(2), stored_dtype=c.stored_dtype(),
+    )
+    c.finish(ignored=("initializer_range", "attention_dropout", "hidden_dropout", "classifier_dropout"))
+    return shape
+
+
 @dataclass(frozen=True, slots=True)
 class _Llama:
     """What distinguishes the members of the LLaMA family, with the defaults of their transformers configs."""
@@ -244,5 +271,6 @@ ARCHITECTURES: dict[str, Callable[[Reader], ModelShape]] = {
                     window_switch=True, window=4096),
     "qwen3": _Llama(151936, 4096, 22016, 32, 32768, head_width=128, bos=None, eos=None, qk_norm=True,
                     window_switch=True, window=4096),
+    "gpt_neox": _gpt_neox,
 }
 """Architectures with a weight map, by `model_type`."""

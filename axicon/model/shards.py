@@ -85,7 +85,7 @@ def open_weights(folder: Path, manifest: Mapping[str, Any]) -> dict[str, Stored]
             if name not in found or found[name].file.path.name != file_name:
                 raise AxiconError(
                     f"{folder}: the index puts tensor {name} in {file_name}, and it is not there")
-    if any(name.startswith((PREFIX, "lm_head")) for name in found):
+    if any(name.startswith((PREFIX, "lm_head", "gpt_neox.", "embed_out")) for name in found):
         return found
     return {PREFIX + name: stored for name, stored in found.items()}
 

@@ -26,6 +26,8 @@ class Place:
     rows: slice | None = None
     dtype: torch.dtype | None = None
     """What a packed format prescribes; None for dense tensors: stored as some float, cast to the model's."""
+    heads: int | None = None
+    """The file has q, k and v of the first head, then those of the next one (GPT-NeoX), for so many heads."""
 
 
 MODEL_NAMES = {
@@ -35,8 +37,12 @@ MODEL_NAMES = {
         "project_in": "model.decoder.project_in", "project_out": "model.decoder.project_out",
         "final_norm": "model.decoder.final_layer_norm", "lm_head": "lm_head",
     },
+    "gpt_neox": {
+        "embed_tokens": "gpt_neox.embed_in", "final_norm": "gpt_neox.final_layer_norm",
+        "lm_head": "embed_out",
+    },
 }
-LAYERS = {"llama": "model.layers", "opt": "model.decoder.layers"}
+LAYERS = {"llama": "model.layers", "opt": "model.decoder.layers", "gpt_neox": "gpt_neox.layers"}
 BLOCK_NAMES = {
     "llama": {
         "attention_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm",
@@ -49,6 +55,11 @@ BLOCK_NAMES = {
         "q": "self_attn.q_proj", "k": "self_attn.k_proj", "v": "self_attn.v_proj",
         "out": "self_attn.out_proj",
         "up": "fc1", "down": "fc2",
+    },
+    "gpt_neox": {
+        "attention_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm",
+        "qkv": "attention.query_key_value", "out": "attention.dense",
+        "up": "mlp.dense_h_to_4h", "down": "mlp.dense_4h_to_h",
     },
 }
 PREFIX = "model."
@@ -68,8 +79,11 @@ def weight_map(decoder: Decoder) -> dict[str, Place]:
             index = decoder.first + int(local)
             layer = f"{LAYERS[shape.family]}.{index}"
             names = BLOCK_NAMES[shape.family]
-            parts = shape.blocks[index].parts(name) if name in ("qkv", "gate_up") else {name: None}
-            for part, rows in parts.items():
+            if name in names:
+                heads = shape.blocks[index].heads if name == "qkv" else None
+                places[f"{layer}.{names[name]}.{kind}"] = Place(parameter, heads=heads)
+                continue
+            for part, rows in shape.blocks[index].parts(name).items():
                 places[f"{layer}.{names[part]}.{kind}"] = Place(parameter, rows)
         else:
             # A tied head without the embedding beside it (a last stage) is read from the embedding.
@@ -85,10 +99,19 @@ def weight_map(decoder: Decoder) -> dict[str, Place]:
 
 
 def tensor_at(decoder: Decoder, place: Place) -> Tensor:
-    """The tensor of a place, or the view of its rows."""
+    """The tensor of a place, or the view of its rows; a copy where the file has them in another order."""
     module, _, name = place.parameter.rpartition(".")
     value: Tensor = getattr(decoder.get_submodule(module), name)
+    if place.heads is not None:
+        return value.unflatten(0, (3, place.heads, -1)).transpose(0, 1).flatten(0, 2)
     return value if place.rows is None else value[place.rows]
+
+
+def as_placed(place: Place, stored: Tensor) -> Tensor:
+    """A tensor of the file in the order of the decoder's rows."""
+    if place.heads is None:
+        return stored
+    return stored.unflatten(0, (place.heads, 3, -1)).transpose(0, 1).flatten(0, 2)
 
 
 def stored_tensors(decoder: Decoder) -> Iterator[tuple[str, Tensor]]:
@@ -109,8 +132,14 @@ def whole_map(shape: ModelShape, packing: Mapping[str, Packing] | None = None) -
 
 def ignorable(name: str, shape: ModelShape) -> bool:
     """Names that old checkpoints carry and that hold nothing the model needs."""
-    tied = shape.tie_head and name == "lm_head.weight"
-    return tied or name.endswith("rotary_emb.inv_freq")
+    tied = shape.tie_head and name == head_name(shape)
+    masks = (".attention.bias", ".attention.masked_bias") if shape.family == "gpt_neox" else ()
+    return tied or name.endswith(("rotary_emb.inv_freq", *masks))
+
+
+def head_name(shape: ModelShape) -> str:
+    """Name of the head's weight in a checkpoint of the family."""
+    return f"{MODEL_NAMES[shape.family]['lm_head']}.weight"
 
 
 def set_tensor(decoder: nn.Module, path: str, value: Tensor) -> None:

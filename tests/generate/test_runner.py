@@ -84,6 +84,17 @@ def test_sliding_window(make_decoder, make_step, window):
     close(torch.cat(out), dense(decoder, TEXT[:20]))
 
 
+@pytest.mark.parametrize("window", [2, 6])
+def test_a_tree_inside_a_sliding_window(make_decoder, make_step, window):
+    decoder = make_decoder(model_type="mistral", sliding_window=window)
+    runner = LocalRunner(decoder, kv_bytes=8 << 20, max_rows=4, prefill_chunk=16)
+    runner.forward(make_step(chain(TEXT[:9], 0), forced=True, reserves=((0, 64),)))
+    tree = [(5, 9, 0, -1), (6, 9, 0, -1), (7, 10, 0, 0), (8, 10, 0, 0), (9, 11, 0, 3)]
+    got = runner.forward(make_step(tree, commits=tuple(range(9)))).logits_WV
+    for node, path in enumerate([[5], [6], [5, 7], [5, 8], [5, 8, 9]]):
+        close(got[node], dense(decoder, TEXT[:9] + path)[-1])
+
+
 def test_split_passes_give_the_same_logits_in_the_same_order(decoder64, runner64, make_step):
     import dataclasses
 

@@ -24,6 +24,8 @@ CONFIGS = {
     "mistral window": LLAMA | {"model_type": "mistral", "sliding_window": 20},
     "qwen2": LLAMA | {"model_type": "qwen2"},
     "qwen3": LLAMA | {"model_type": "qwen3"},
+    "gpt_neox": SIZES | {"model_type": "gpt_neox", "intermediate_size": 160, "num_attention_heads": 3,
+                         "rotary_pct": 1.0, "use_parallel_residual": False},
     "opt": SIZES | {"model_type": "opt", "ffn_dim": 160, "num_attention_heads": 3, "word_embed_proj_dim": 96},
 }
 
@@ -131,6 +133,16 @@ def test_a_path_through_a_tree_equals_the_sequence() -> None:
     logits = fast.forward(rows)
     assert torch.allclose(logits[[0, 2, 4]], expected, atol=1e-5)
     assert not torch.allclose(logits[1], expected[1], atol=1e-2)
+
+
+def test_a_tree_longer_than_the_window_is_refused() -> None:
+    fast = NativeDecoder(random_decoder(CONFIGS["mistral window"] | {"sliding_window": 3}))
+    cache = new_cache(fast)
+    cache.make_room(0, 4)
+    hidden = np.zeros((4, 1), dtype=np.uint64)
+    rows = Rows(torch.arange(4), torch.tensor([0, 1, 1, 2]), [0] * 4, range(4), [cache.rows[0]], [3], hidden)
+    with pytest.raises(ValueError, match="a tree of more than 3 nodes"):
+        fast.forward(rows)
 
 
 def test_heads_that_kept_different_slots() -> None:

@@ -62,6 +62,7 @@ def same(ours: Decoder, theirs: Decoder) -> bool:
 
 @pytest.mark.parametrize("variant", [
     "llama_tied", "llama_grouped", "llama_biases", "opt", "opt_350m", "opt_projected", "opt_untied", "qwen3",
+    "neox", "neox_tied",
 ])  # fmt: skip
 @pytest.mark.parametrize("head", [True, False])
 def test_what_is_read_is_what_compressing_in_memory_makes(variant: str, head: bool, tmp_path: Path) -> None:

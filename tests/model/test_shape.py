@@ -15,6 +15,9 @@ LLAMA: dict[str, Any] = {
 }
 
 
+NEOX: dict[str, Any] = {"model_type": "gpt_neox", "num_key_value_heads": None}
+
+
 def shape(**changes: Any) -> ModelShape:
     return ModelShape.from_config(LLAMA | changes)
 
@@ -72,6 +75,14 @@ def test_llama3_scaling_without_original_length_uses_the_models() -> None:
     assert shape(rope_scaling=scaling).rope == Rope(kind="llama3", factor=8.0, original_positions=64)
 
 
+def test_old_and_new_names_of_partial_rotation_mean_the_same() -> None:
+    new = {"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 0.5}
+    assert shape(**NEOX, rope_parameters=new).rope == Rope(theta=500.0, width=4)
+    assert shape(**NEOX, rotary_pct=0.5, rotary_emb_base=500).rope == Rope(theta=500.0, width=4)
+    assert shape(**NEOX).rope == Rope(width=2)
+    assert shape(**NEOX, rotary_pct=1.0).rope == Rope()
+
+
 def test_windows_that_never_cut_are_none() -> None:
     assert [b.window for b in shape(model_type="mistral", sliding_window=63).blocks] == [63] * 3
     assert [b.window for b in shape(model_type="mistral", sliding_window=64).blocks] == [None] * 3
@@ -83,7 +94,14 @@ def test_windows_that_never_cut_are_none() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "gpt_neox"}, "'gpt_neox'.*opt, llama, mistral, qwen2, qwen3"),
+        ({"model_type": "gpt2"}, "'gpt2'.*opt, llama, mistral, qwen2, qwen3, gpt_neox"),
+        (NEOX | {"rotary_pct": 0.1}, "0.1 of the 8 channels of a head rotate"),
+        (NEOX | {"rotary_pct": 1.5}, "1.5 of the 8 channels"),
+        (NEOX | {"rotary_pct": -1}, "rotary_pct is -1"),
+        (NEOX | {"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope scaling 'yarn' is not built in"),
+        (NEOX | {"use_parallel_residual": 1}, "use_parallel_residual is 1"),
+        (NEOX | {"rotary_pct": 0.5, "new_switch": 1}, "new_switch is not understood for gpt_neox"),
+        ({"rotary_pct": 0.5}, "rotary_pct is not understood for llama"),
         ({"model_type": None}, "no model_type"),
         ({"model_type": ["llama"]}, "no weight map"),
         ({"hidden_size": 0}, "hidden_size is 0"),

@@ -35,7 +35,7 @@ def test_logits_equal_transformers(name: str, tmp_path: Path) -> None:
     assert (theirs[0] - theirs[1]).abs().max() > 0.1
 
 
-@pytest.mark.parametrize("name", ["opt_350m", "llama_tied", "qwen3"])
+@pytest.mark.parametrize("name", ["opt_350m", "llama_tied", "qwen3", "neox"])
 @torch.no_grad()
 def test_sharded_checkpoint_equals_single(name: str, tmp_path: Path) -> None:
     variants.saved(name, tmp_path / "one")
@@ -63,7 +63,7 @@ class RowCache:
         return out
 
 
-@pytest.mark.parametrize("name", ["opt", "opt_350m", "llama_grouped", "mistral_window", "qwen3"])
+@pytest.mark.parametrize("name", ["opt", "opt_350m", "llama_grouped", "mistral_window", "qwen3", "neox"])
 @torch.no_grad()
 def test_packed_steps_of_interleaved_requests_equal_whole_sequences(name: str, tmp_path: Path) -> None:
     """Three requests advance by different chunks in the same steps; each ends where it would alone."""
@@ -90,7 +90,7 @@ def test_packed_steps_of_interleaved_requests_equal_whole_sequences(name: str, t
     torch.testing.assert_close(packed, decoder.logits(texts), atol=TOLERANCE, rtol=0)
 
 
-@pytest.mark.parametrize("name", ["opt_350m", "llama_tied", "llama"])
+@pytest.mark.parametrize("name", ["opt_350m", "llama_tied", "llama", "neox_tied"])
 @torch.no_grad()
 def test_stages_in_a_row_equal_the_whole(name: str, tmp_path: Path) -> None:
     """A model cut into three stages, each loading only its own weights."""
@@ -106,10 +106,11 @@ def test_stages_in_a_row_equal_the_whole(name: str, tmp_path: Path) -> None:
     torch.testing.assert_close(stages[-1].head(x), whole.logits(tokens(1))[0], atol=TOLERANCE, rtol=0)
 
 
+@pytest.mark.parametrize("name", ["llama_grouped", "mistral_window", "neox", "neox_sequential"])
 @torch.no_grad()
-def test_bfloat16_stays_close_to_transformers_in_bfloat16(tmp_path: Path) -> None:
+def test_bfloat16_stays_close_to_transformers_in_bfloat16(name: str, tmp_path: Path) -> None:
     """No equality here, but the same distance from float32 as transformers has."""
-    model = variants.saved("llama_grouped", tmp_path)
+    model = variants.saved(name, tmp_path)
     exact = model(tokens()).logits
     ours = (load(tmp_path, dtype=torch.bfloat16).logits(tokens()) - exact).square().mean().sqrt()
     theirs = (model.bfloat16()(tokens()).logits.float() - exact).square().mean().sqrt()

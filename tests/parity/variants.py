@@ -20,6 +20,10 @@ _opt = {
     "vocab_size": 97, "hidden_size": 48, "ffn_dim": 80, "num_hidden_layers": 3, "num_attention_heads": 6,
     "max_position_embeddings": POSITIONS, "word_embed_proj_dim": 48,
 }
+_neox = {
+    "vocab_size": 97, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3,
+    "num_attention_heads": 3, "max_position_embeddings": POSITIONS,
+}
 _llama3 = {
     "rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
@@ -56,6 +60,13 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}),
     "qwen3": ("Qwen3", _grouped | {"head_dim": 16}),
     "qwen3_tied": ("Qwen3", _grouped | {"head_dim": 8, "tie_word_embeddings": True, "attention_bias": True}),
+    "neox": ("GPTNeoX", _neox),
+    "neox_sequential": ("GPTNeoX", _neox | {"use_parallel_residual": False, "rotary_pct": 0.5}),
+    "neox_whole_rotary": ("GPTNeoX", _neox | {"rotary_pct": 1.0, "rotary_emb_base": 500}),
+    "neox_no_biases": ("GPTNeoX", _neox | {"attention_bias": False, "hidden_act": "gelu_new"}),
+    "neox_tied": ("GPTNeoX", _neox | {"tie_word_embeddings": True, "hidden_act": "relu"}),
+    "neox_scaled": ("GPTNeoX", _neox | {"rope_parameters": {
+        "rope_type": "linear", "rope_theta": 100.0, "factor": 4.0, "partial_rotary_factor": 0.25}}),
 }
 
 
