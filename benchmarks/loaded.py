@@ -1,8 +1,8 @@
 """What a job costs the server beside it: `python benchmarks/loaded.py [key=value ...]`.
 
 Starts `axicon serve` with a dashboard, streams from it while nothing else runs, and then while a job measures
-a model on the same cluster. With all streams running, the gap between two tokens of a stream is the time of a
-step as a client sees it. The bar is a 99th percentile beside the job of less than 3 medians of the quiet
+a model on the same cluster. With one stream every token is sent at once, so the gap between two is the time
+of a step as a client sees it. The bar is a 99th percentile beside the job of less than 3 medians of the quiet
 server, and that the job comes to its end.
 """
 
@@ -44,7 +44,7 @@ class LoadedBench(Recipe):
     model: str = Field("demo", description="what is served, and what the job measures")
     serve: Words = Field((), description="further words for `axicon serve`, such as threads=2")
     job: Words = Field(("window=512", "windows=12"), description="further words for the job's `evaluate`")
-    streams: int = Field(4, ge=1, description="streams at the same time")
+    streams: int = Field(1, ge=1, description="streams at the same time; with more, tokens travel together")
     prompt_tokens: int = Field(64, ge=1, description="tokens of each prompt")
     new_tokens: int = Field(200, ge=32, description="tokens each stream generates")
     rounds: int = Field(6, ge=1, description="turns of the quiet server")

@@ -12,7 +12,7 @@ from axicon.generate.request import Limits
 from axicon.generate.runner import Kernels, LocalRunner
 from axicon.model import checkpoint
 from axicon.model.decoder import Decoder
-from axicon.model.machine import cores
+from axicon.model.machine import cores, return_freed_memory
 
 log = logging.getLogger("axicon")
 
@@ -60,6 +60,7 @@ def build_engine(
         decoder, kv_bytes=None if kv_gib is None else int(kv_gib * 2**30), max_rows=max_rows,
         prefill_chunk=prefill_chunk, model_digest=digest, kernels=kernels,
     )  # fmt: skip
+    return_freed_memory()
     engine = Engine(
         runner, checkpoint.load_tokenizer(folder), eos_ids=decoder.shape.eos_ids,
         limits=limits or Limits(max_queue=max_queue, max_model_len=max_model_len),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import os
 from pathlib import Path
 
@@ -22,6 +24,17 @@ def available_memory() -> int | None:
     """Bytes to be had without swapping, within the container's limit; None where it cannot be known."""
     limits = [n for n in (_free(), _free_in_cgroup()) if n is not None]
     return min(limits, default=None)
+
+
+def return_freed_memory() -> None:
+    """Give back to the system what was freed, which glibc keeps for a process that may want it again.
+
+    Packing the weights of the OPT-1.3B shape leaves 1.2 GiB of it, and serving never wants it.
+    """
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc alone has it
+    if trim is not None:
+        trim(0)
 
 
 def _free() -> int | None:
