@@ -2,11 +2,13 @@
 #
 #   make serve MODEL=demo PORT=8000 ARGS="kv_gib=2 max_rows=16"
 #   make test ARGS="tests/generate -x"
+#   make bench BENCH=decode ARGS="streams=1,8 peers=axicon,transformers"
 
 PYTHON ?= python3
 MODEL ?= demo
 PORT ?= 8000
 ARGS ?=
+BENCH ?= decode server busy loaded startup
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -35,8 +37,8 @@ check: setup  ## Lint, types, and who may import whom
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
 
-bench: setup  ## Measure decoding beside transformers on this machine
-	$(BIN)/python benchmarks/decode.py $(ARGS)
+bench: setup  ## Measure decoding beside its peers, HTTP, busy neighbours, start; BENCH=decode only the first
+	@for one in $(BENCH); do $(BIN)/python benchmarks/$$one.py $(ARGS) || exit 1; done
 
 lock: setup  ## Resolve pyproject.toml into requirements.lock again; ARGS=--upgrade takes newer versions
 	$(UV) pip compile pyproject.toml --extra demo --extra eval --group dev --group bench --quiet $(ARGS) \

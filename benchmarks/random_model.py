@@ -1,8 +1,8 @@
 """A model directory of a well-known shape with random weights: `python benchmarks/random_model.py SHAPE
 DIR`.
 
-Speed and memory do not depend on what weights say. The tokenizer is the embedded model's; ids above its own
-are never made up by it, and every id is a row of the embedding.
+Speed and memory do not depend on what weights say. The tokenizer is the embedded model's, and so is the size
+of the vocabulary, 49,152 instead of OPT's 50,272: other programs refuse a model whose two differ.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from axicon.model.artefact import atomic_directory
 from axicon.model.checkpoint import load_tokenizer, resolve
 
 OPT = {
-    "model_type": "opt", "architectures": ["OPTForCausalLM"], "vocab_size": 50272, "torch_dtype": "bfloat16",
+    "model_type": "opt", "architectures": ["OPTForCausalLM"], "vocab_size": 49152, "torch_dtype": "bfloat16",
 }  # fmt: skip
 SHAPES: dict[str, dict[str, object]] = {
     "opt-125m": OPT | {"hidden_size": 768, "word_embed_proj_dim": 768, "ffn_dim": 3072,
