@@ -68,26 +68,39 @@ inline float soften(const Query& query, int first, float* s) {
     return _mm512_reduce_add_ps(total);
 }
 
-template <int V>  // head width / 16
+// 16 slots of keys or values as float32: widened once for several queries, as they are read for a single one. The numbers
+// are the same.
+template <int K, bool SHARED>
+struct Slots {
+    alignas(64) float wide[SHARED ? LANES * K : LANES];
+    const bf16* from;
+    void take(const bf16* p) {
+        from = p;
+        if constexpr (SHARED)
+            for (int i = 0; i < LANES * K; i += LANES) _mm512_store_ps(wide + i, load_bf16(p + i));
+    }
+    __m512 operator[](int i) const { return SHARED ? _mm512_load_ps(wide + i) : load_bf16(from + i); }
+};
+
+template <int V, bool SHARED>  // head width / 16; several queries
 void attend(const Query* queries, int count, const bf16* keys, const bf16* values, int first, std::vector<float>& scores) {
     constexpr int K = V * LANES;
     int live = 0, from = INT32_MAX;
     for (int i = 0; i < count; ++i) live = std::max(live, queries[i].live), from = std::min(from, queries[i].from);
     const int stride = (live + LANES - 1) / LANES * LANES;
     scores.resize(size_t(count) * stride);
-    alignas(64) float wide[LANES * K];
-    auto widen_block = [&](const bf16* p) {
-        for (int i = 0; i < LANES * K; i += LANES) _mm512_store_ps(wide + i, load_bf16(p + i));
-    };
+    Slots<K, SHARED> slots;
     for (int t = from / LANES * LANES; t < live; t += LANES) {
-        widen_block(keys + size_t(t) * K);
+        // Values lie elsewhere: while keys are at work, they are on their way.
+        for (int i = 0; i < LANES * K; i += 32) _mm_prefetch(reinterpret_cast<const char*>(values + size_t(t) * K + i), _MM_HINT_T0);
+        slots.take(keys + size_t(t) * K);
         for (int i = 0; i < count; ++i) {
             if (t >= queries[i].live || t + LANES <= queries[i].from) continue;
             __m512 q[V], r[LANES];
             unroll<V>([&](auto v) { q[v] = _mm512_loadu_ps(queries[i].q + v * LANES); });
             unroll<LANES>([&](auto l) {
-                r[l] = _mm512_mul_ps(q[0], _mm512_load_ps(wide + l * K));
-                unroll<V - 1>([&](auto v) { r[l] = _mm512_fmadd_ps(q[v + 1], _mm512_load_ps(wide + l * K + (v + 1) * LANES), r[l]); });
+                r[l] = _mm512_mul_ps(q[0], slots[l * K]);
+                unroll<V - 1>([&](auto v) { r[l] = _mm512_fmadd_ps(q[v + 1], slots[l * K + (v + 1) * LANES], r[l]); });
             });
             _mm512_storeu_ps(scores.data() + size_t(i) * stride + t, sums(r));
         }
@@ -100,7 +113,7 @@ void attend(const Query* queries, int count, const bf16* keys, const bf16* value
         for (int t = queries[i].from; t < queries[i].live; ++t) s[t] /= total;
     }
     for (int t = from / LANES * LANES; t < live; t += LANES) {
-        widen_block(values + size_t(t) * K);
+        slots.take(values + size_t(t) * K);
         for (int i = 0; i < count; ++i) {
             const float* s = scores.data() + size_t(i) * stride;
             __m512 acc[V];
@@ -108,7 +121,7 @@ void attend(const Query* queries, int count, const bf16* keys, const bf16* value
             const int begin = std::max(t, queries[i].from), end = std::min(t + LANES, queries[i].live);
             for (int j = begin; j < end; ++j) {
                 const __m512 p = _mm512_set1_ps(s[j]);
-                unroll<V>([&](auto v) { acc[v] = _mm512_fmadd_ps(p, _mm512_load_ps(wide + (j - t) * K + v * LANES), acc[v]); });
+                unroll<V>([&](auto v) { acc[v] = _mm512_fmadd_ps(p, slots[(j - t) * K + v * LANES], acc[v]); });
             }
             unroll<V>([&](auto v) { _mm512_storeu_ps(queries[i].out + v * LANES, acc[v]); });
         }

@@ -172,7 +172,10 @@ void attend_tile(const Model& m, const Block& b, const Step& s, const Tile& tile
         }
     }
     const size_t at = size_t(group) * e.capacity * K;
-    auto run = [&](auto v) { attend<v>(queries.data(), int(queries.size()), e.keys + at, e.values + at, first, scores); };
+    auto run = [&](auto v) {
+        auto with = [&](auto shared) { attend<v, shared>(queries.data(), int(queries.size()), e.keys + at, e.values + at, first, scores); };
+        queries.size() > 1 ? with(std::true_type{}) : with(std::false_type{});
+    };
     switch (K) {
         case 32: return run(std::integral_constant<int, 2>{});
         case 64: return run(std::integral_constant<int, 4>{});
