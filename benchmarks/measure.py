@@ -107,6 +107,10 @@ def read_bandwidth(threads: int, seconds: float = 1.0) -> float:
 def save(name: str, content: Mapping[str, Any], folder: Path | None = None) -> Path:
     """Write a result as `NAME_DATE.json`; a reader sees all of it or nothing."""
     folder = folder or RESULTS
+    recipe = dict(content.get("recipe", {}))
+    if Path(str(recipe.get("model", ""))).is_dir():
+        recipe["model"] = Path(recipe["model"]).name  # where it lies is nobody's business
+        content = {**content, "recipe": recipe}
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}_{datetime.now().strftime('%Y-%m-%d_%H-%M-%S')}.json"
     write_atomically(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
