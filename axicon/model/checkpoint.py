@@ -22,7 +22,7 @@ from axicon.model import hub, interchange, safety
 from axicon.model.artefact import read_manifest
 from axicon.model.cachedir import cache_dir, file_digest, hold
 from axicon.model.decoder import Decoder
-from axicon.model.formats import Packing, install, read_packing
+from axicon.model.formats import Packing, global_name, install, read_packing
 from axicon.model.machine import available_memory
 from axicon.model.packed import PackedLinear
 from axicon.model.shape import ModelShape
@@ -276,6 +276,13 @@ def _fill(plan: _Plan) -> None:
                 "float32")
     for parameter, value in values.items():
         set_tensor(plan.decoder, parameter, value)
+    for path, module in plan.decoder.named_modules():
+        if isinstance(module, PackedLinear):
+            try:
+                module.check()
+            except ValueError as e:
+                name = global_name(plan.decoder, path)
+                raise AxiconError(f"{plan.folder}: {name}: {e}; make the model again") from e
 
 
 def _check_tied(plan: _Plan) -> None:

@@ -22,10 +22,11 @@ from torch import nn
 
 from axicon.errors import AxiconError
 from axicon.model.decoder import Decoder
+from axicon.model.group_int import GroupIntLinear
 from axicon.model.int8 import Int8Linear
 from axicon.model.packed import PackedLinear, Setting
 
-FORMATS: dict[str, type[PackedLinear]] = {cls.format: cls for cls in (Int8Linear,)}
+FORMATS: dict[str, type[PackedLinear]] = {cls.format: cls for cls in (Int8Linear, GroupIntLinear)}
 
 METHOD = "axicon"
 """`quant_method` of the configs written here."""

@@ -42,6 +42,9 @@ class PackedLinear(nn.Module, ABC):
         class's; its values come from a file. Raises ValueError for one that is out of range.
         """
 
+    def check(self) -> None:
+        """Called once the buffers hold what a file says. Raises ValueError for values that mean nothing."""
+
     @abstractmethod
     def unpack(self) -> Tensor:
         """(O, I) float32: what `forward` really multiplies by, up to the rounding of activations."""

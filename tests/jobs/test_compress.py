@@ -312,8 +312,8 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("settings", "says"),
         [
-            ({"compressor": "gptq4"}, "compressor=gptq4: known are llm_int8"),
-            ({"compressor": "auto"}, "compressor=auto: known are llm_int8"),
+            ({"compressor": "gptq4"}, "compressor=gptq4: known are .*llm_int8"),
+            ({"compressor": "auto"}, "compressor=auto: known are .*llm_int8"),
             ({"compressor": INT8 | {"treshold": 1}}, "did you mean 'threshold'"),
             ({"model": "./none"}, "no such file or directory"),
             ({"text": "none.txt"}, "none.txt"),
@@ -433,9 +433,9 @@ class TestCommand:
     @pytest.mark.parametrize(
         ("words", "says"),
         [
-            ((), "name a method first: axicon compress llm_int8 model=demo out=DIR"),
+            ((), "name a method first: axicon compress "),
             (("llm_int",), "'llm_int' is no compression method: did you mean 'llm_int8'; a model is named"),
-            (("demo",), "known are llm_int8; a model is named with model=demo"),
+            (("demo",), "llm_int8; a model is named with model=demo"),
             (("other/llm_int8.yaml",), "cannot be read"),
             (("llm_int8", "compressor=none"), "compressor"),
             (("llm_int8", "outt=x"), "did you mean 'out'"),
