@@ -1,24 +1,25 @@
 """What a job costs the server beside it: `python benchmarks/loaded.py [key=value ...]`.
 
 Starts `axicon serve` with a dashboard, streams from it while nothing else runs, and then while a job measures
-a model on the same cluster. With one stream every token is sent at once, so the gap between two is the time
-of a step as a client sees it. The bar is a 99th percentile beside the job of less than 3 medians of the quiet
-server, and that the job comes to its end.
+a model on the same cluster. Steps that only decode are counted by the server itself (`/metrics`), because
+tokens that reach a client may have waited for each other. The bar is a 99th percentile beside the job, from
+the moment it is submitted, of less than 3 medians of the quiet server, and that the job comes to its end.
 """
 
 from __future__ import annotations
 
 import asyncio
-import itertools
+import math
 import os
 import re
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
+import urllib.request
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +34,6 @@ from serving import serving
 from axicon.errors import AxiconError
 from axicon.recipe import Recipe, Words
 
-WARM = 8
-"""First tokens of a stream, in which the others still read their prompts."""
 BAR = 3.0
 VOCAB = 10_000
 """Token ids of prompts are below this; every model has them."""
@@ -44,7 +43,7 @@ class LoadedBench(Recipe):
     model: str = Field("demo", description="what is served, and what the job measures")
     serve: Words = Field((), description="further words for `axicon serve`, such as threads=2")
     job: Words = Field(("window=512", "windows=12"), description="further words for the job's `evaluate`")
-    streams: int = Field(1, ge=1, description="streams at the same time; with more, tokens travel together")
+    streams: int = Field(4, ge=1, description="streams at the same time")
     prompt_tokens: int = Field(64, ge=1, description="tokens of each prompt")
     new_tokens: int = Field(200, ge=32, description="tokens each stream generates")
     rounds: int = Field(6, ge=1, description="turns of the quiet server")
@@ -52,24 +51,45 @@ class LoadedBench(Recipe):
     out: Path = Field(RESULTS, description="folder for the JSON file")
 
 
-async def turn(asked: ServerBench, prompts: Sequence[Sequence[int]]) -> list[float]:
-    """Seconds between tokens of one round of all streams, in the order in which they came."""
+@dataclass(frozen=True)
+class Steps:
+    """Steps of the server so far: how many took at most so many seconds, by those seconds."""
+
+    at_most: dict[float, float]
+
+    def since(self, before: Steps) -> dict[str, float]:
+        """Percentiles of the steps after `before`, in seconds, to some percent: the steps of a class are
+        taken to be spread evenly."""
+        counts = {bound: count - before.at_most[bound] for bound, count in self.at_most.items()}
+        total = counts[math.inf]
+        if not total:
+            raise AxiconError("the server counted no step")
+        return {"p50": _quantile(counts, 0.5), "p99": _quantile(counts, 0.99), "steps": total}
+
+
+def _quantile(counts: dict[float, float], share: float) -> float:
+    wanted, low, below = share * counts[math.inf], 0.0, 0.0
+    for bound, count in sorted(counts.items()):
+        if count >= wanted:
+            return low if math.isinf(bound) else low + (bound - low) * (wanted - below) / (count - below)
+        low, below = bound, count
+    raise AssertionError("a share is at most 1")
+
+
+def steps(url: str) -> Steps:
+    """What the server has counted. Raises AxiconError for a server that does not count."""
+    with urllib.request.urlopen(f"{url}/metrics", timeout=30) as answer:
+        text = answer.read().decode()
+    found = re.findall(r'^axicon:decode_step_seconds_bucket\{.*?le="([^"]+)".*?\} (\S+)$', text, re.MULTILINE)
+    if not found:
+        raise AxiconError("the server does not count its steps")
+    return Steps({float(bound): float(count) for bound, count in found})
+
+
+async def turn(asked: ServerBench, prompts: Sequence[Sequence[int]]) -> None:
+    """One round of all streams."""
     start = time.perf_counter()
-    done = await asyncio.gather(*(stream(asked, prompt, asked.new_tokens, start) for prompt in prompts))
-    gaps = []
-    for one in done:
-        late = one.events[WARM:]
-        gaps += [(after, after - before) for before, after in itertools.pairwise(late)]
-    return [gap for _, gap in sorted(gaps)]
-
-
-def percentiles(gaps: Sequence[float]) -> dict[str, float]:
-    ordered = sorted(gaps)
-    at = {
-        name: ordered[min(len(ordered) - 1, int(len(ordered) * q))]
-        for name, q in (("p50", 0.5), ("p99", 0.99))
-    }
-    return {**at, "max": ordered[-1], "mean": statistics.mean(ordered), "gaps": len(ordered)}
+    await asyncio.gather(*(stream(asked, prompt, asked.new_tokens, start) for prompt in prompts))
 
 
 @contextmanager
@@ -99,32 +119,44 @@ def measure(bench: LoadedBench) -> dict[str, Any]:
     starting = serving(bench.model, bench.serve, dashboard=True, limit_s=bench.limit_s)
     with starting as server, tempfile.TemporaryDirectory() as folder:
         asked = ServerBench(url=server.url, streams=bench.streams, new_tokens=bench.new_tokens)
-        asyncio.run(turn(asked, prompts))  # warm
-        quiet = [gap for _ in range(bench.rounds) for gap in asyncio.run(turn(asked, prompts))]
-        complain(f"quiet: {_told(percentiles(quiet))}")
-        begun, loaded = time.monotonic(), []
+
+        def rounds(count: int) -> dict[str, float]:
+            before = steps(server.url)
+            for _ in range(count):
+                asyncio.run(turn(asked, prompts))
+            return steps(server.url).since(before)
+
+        rounds(1)  # warm
+        quiet = rounds(bench.rounds)
+        complain(f"quiet: {_told(quiet)}")
+        begun, begin, course = time.monotonic(), steps(server.url), []
+        end = begin
         with job(bench, server.dashboard, server.token(), Path(folder)) as running:
             while running.poll() is None:
-                gaps = asyncio.run(turn(asked, prompts))
-                if running.poll() is None:  # a turn that saw the end saw a quiet server too
-                    loaded += gaps
+                at, one = time.monotonic() - begun, rounds(1)
+                if running.poll() is None:  # a round that saw the end saw a quiet server too
+                    end = steps(server.url)
+                    course.append({"at_s": at, **one})
                 if time.monotonic() - begun > bench.limit_s:
                     raise AxiconError(f"the job did not end in {bench.limit_s:g} s; raise limit_s")
             seconds = time.monotonic() - begun
             assert running.stdout is not None
             log = running.stdout.read().splitlines()
-        if running.returncode != 0 or not loaded:
+        if running.returncode != 0 or not course:
             raise AxiconError(f"the job did not succeed, or ended too soon: {' | '.join(log[-3:])}")
-        complain(f"beside a job: {_told(percentiles(loaded))}")
-        after = [gap for _ in range(2) for gap in asyncio.run(turn(asked, prompts))]
+        loaded = end.since(begin)
+        complain(f"beside a job: {_told(loaded)}")
+        after = rounds(2)
     first = next((line for line in log if line.startswith("axicon evaluate, job")), "")
-    result = {"quiet": percentiles(quiet), "loaded": percentiles(loaded), "after": percentiles(after)}
     return {
         "benchmark": "loaded",
         **before,
         "recipe": bench.model_dump(mode="json", exclude={"out"}),
-        **result,
-        "ratio": result["loaded"]["p99"] / result["quiet"]["p50"],
+        "quiet": quiet,
+        "loaded": loaded,
+        "after": after,
+        "course": course,
+        "ratio": loaded["p99"] / quiet["p50"],
         "bar": BAR,
         "job_s": seconds,
         "job_threads": re.sub(r".*on \S+( \(\w+\))?, ", "", first),
@@ -133,17 +165,17 @@ def measure(bench: LoadedBench) -> dict[str, Any]:
 
 
 def _told(found: dict[str, float]) -> str:
-    return f"p50 {found['p50'] * 1e3:.1f} ms, p99 {found['p99'] * 1e3:.1f} ms, {found['gaps']:.0f} gaps"
+    return f"p50 {found['p50'] * 1e3:.1f} ms, p99 {found['p99'] * 1e3:.1f} ms, {found['steps']:.0f} steps"
 
 
 def table(result: dict[str, Any]) -> Table:
     shown = Table(title=f"{result['recipe']['streams']} streams, {result['cpu']}", title_justify="left")
-    for column in ("server", "p50 ms", "p99 ms", "longest ms", "gaps"):
+    for column in ("server", "p50 ms", "p99 ms", "steps"):
         shown.add_column(column, justify="left" if column == "server" else "right")
     for name, key in (("quiet", "quiet"), ("beside a job", "loaded"), ("after it", "after")):
         row = result[key]
-        times = (f"{row[one] * 1e3:.1f}" for one in ("p50", "p99", "max"))
-        shown.add_row(name, *times, f"{row['gaps']:.0f}")
+        times = (f"{row[one] * 1e3:.1f}" for one in ("p50", "p99"))
+        shown.add_row(name, *times, f"{row['steps']:.0f}")
     verdict = "under" if result["ratio"] < BAR else "over"
     shown.caption = (
         f"p99 beside the job is {result['ratio']:.2f} of the quiet p50, {verdict} the bar of {BAR:g}; "

@@ -7,12 +7,14 @@ Every server has a registry of its own, so several can live in one process. `axi
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from itertools import accumulate
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from axicon.generate.request import Delta, EngineStats
+from axicon.generate.steptimes import BOUNDS, StepTimes
 
 FIRST_TOKEN = (0.005, 0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.25, 2.5, 5, 10, 20, 40, 80)
 BETWEEN = (0.002, 0.005, 0.01, 0.02, 0.03, 0.04, 0.06, 0.08, 0.1, 0.15, 0.2, 0.4, 0.8, 1.6, 5)
@@ -51,12 +53,22 @@ class EngineCollector(Collector):
             counter = CounterMetricFamily(name, text, labels=["model_name"])
             counter.add_metric([self.model], value)
             yield counter
+        yield _step_histogram(self.model, stats.decode_steps)
         ended = CounterMetricFamily(
             "vllm:request_success", "Choices that ended, by reason.", labels=["model_name", "finished_reason"]
         )
         for reason, count in stats.finished_total.items():
             ended.add_metric([self.model, reason], count)
         yield ended
+
+
+def _step_histogram(model: str, times: StepTimes) -> Metric:
+    uppers = [*(f"{bound:.6g}" for bound in BOUNDS), "+Inf"]
+    buckets = list(zip(uppers, accumulate(times.counts), strict=True))
+    text = "Wall time of steps that only decode."
+    histogram = HistogramMetricFamily("axicon:decode_step_seconds", text, labels=["model_name"])
+    histogram.add_metric([model], buckets, times.seconds)
+    return histogram
 
 
 def _share(stats: EngineStats) -> float:

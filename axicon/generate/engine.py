@@ -30,6 +30,7 @@ from axicon.generate.request import (
 from axicon.generate.sampling import SAMPLERS
 from axicon.generate.sampling.sample import Row, logprobs, sample
 from axicon.generate.scheduler import Scheduler, Stream, Work
+from axicon.generate.steptimes import StepClock
 from axicon.generate.validate import check_request
 from axicon.protocols import Runner, Sampler, StepInput
 
@@ -77,6 +78,7 @@ class Engine:
         self._failures = 0
         self._steps = self._prompt_tokens = self._generated = self._step_tokens = 0
         self._step_seconds = 0.0
+        self._decode_steps = StepClock()
         self._finished: Counter[FinishReason] = Counter()
 
     @property
@@ -135,6 +137,7 @@ class Engine:
             steps_total=self._steps, prompt_tokens_total=self._prompt_tokens,
             generated_tokens_total=self._generated, finished_total=dict(self._finished),
             step_seconds=self._step_seconds, step_tokens=self._step_tokens,
+            decode_steps=self._decode_steps.read(),
         )  # fmt: skip
 
     def _sweep(self) -> list[Delta]:
@@ -302,6 +305,8 @@ class Engine:
         self._prompt_tokens += prompt
         self._scheduler.pace.note(seconds, prompt, self._step_tokens - prompt)
         self.decode_only = prompt == 0
+        if self.decode_only:
+            self._decode_steps.note(seconds)
 
 
 def _longest(runner: Runner, limits: Limits) -> int:

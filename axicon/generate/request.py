@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+from axicon.generate.steptimes import StepTimes
+
 FinishReason = Literal["stop", "length", "cancelled", "deadline", "error"]
 
 
@@ -146,3 +148,5 @@ class EngineStats:
     """Wall time of the last step that computed something."""
     step_tokens: int = 0
     """Nodes computed in that step."""
+    decode_steps: StepTimes = field(default_factory=StepTimes)
+    """Steps without a prompt, by how long they took."""

@@ -429,6 +429,7 @@ def test_stats_count_what_happened(engine):
     assert stats.steps_total == 3 + 4
     assert stats.step_tokens == 1
     assert stats.step_seconds > 0
+    assert sum(stats.decode_steps.counts) == 4
 
 
 def test_cancelling_what_ended_does_not_touch_a_later_request_of_that_name(engine):

@@ -175,6 +175,7 @@ NAMES = (
     "vllm:prompt_tokens_total", "vllm:generation_tokens_total", "vllm:request_success_total",
     "vllm:time_to_first_token_seconds_bucket", "vllm:inter_token_latency_seconds_count",
     "vllm:e2e_request_latency_seconds_sum", "axicon:event_loop_lag_seconds_bucket", "axicon:step_seconds",
+    "axicon:decode_step_seconds_bucket",
 )  # fmt: skip
 
 
