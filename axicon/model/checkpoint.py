@@ -22,13 +22,21 @@ from axicon.model import hub, interchange, safety
 from axicon.model.artefact import read_manifest
 from axicon.model.cachedir import cache_dir, file_digest, hold
 from axicon.model.decoder import Decoder
+from axicon.model.foreign import SCHEMES, translate
 from axicon.model.formats import Packing, global_name, install, read_packing
 from axicon.model.machine import available_memory
 from axicon.model.packed import PackedLinear
 from axicon.model.shape import ModelShape
 from axicon.model.shards import Stored, open_weights, weight_files
 from axicon.model.weights import (
-    Place, as_placed, head_name, ignorable, set_tensor, tensor_at, weight_map, whole_map,
+    Place,
+    as_placed,
+    head_name,
+    ignorable,
+    set_tensor,
+    tensor_at,
+    weight_map,
+    whole_map,
 )  # fmt: skip
 
 if TYPE_CHECKING:
@@ -113,9 +121,13 @@ def check_headers(folder: Path) -> None:
 
 
 def packed_formats(path: str | Path) -> tuple[str, ...]:
-    """Names of the packed formats a model is stored in; none for a dense model. Reads its config alone."""
+    """Names of the packed formats a model is stored in; none for a dense model. Reads its config, and headers
+    of another tool's weights."""
     folder = resolve(path)
-    return tuple(sorted({one.format for one in _packing(folder).values()}))
+    stored: Mapping[str, Stored] = {}
+    if _is_foreign(safety.read_json(folder / "config.json")):
+        stored = open_weights(folder, {})
+    return tuple(sorted({one.format for one in _packing(folder, shape_of(folder), stored)[0].values()}))
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,8 +160,8 @@ def _read(
 ) -> tuple[Decoder, Mapping[str, Stored], Mapping[str, Place]]:
     """A decoder without memory, what the files hold, and what goes where; names, shapes, dtypes are checked.
     """
-    shape, packing = shape_of(folder), _packing(folder)
-    stored = open_weights(folder, manifest)
+    shape = shape_of(folder)
+    packing, stored = _packing(folder, shape, open_weights(folder, manifest))
     with torch.device("meta"):
         decoder = Decoder(shape, blocks)
     try:
@@ -163,11 +175,22 @@ def _read(
     return decoder, stored, places
 
 
-def _packing(folder: Path) -> dict[str, Packing]:
+def _packing(
+    folder: Path, shape: ModelShape, stored: Mapping[str, Stored]
+) -> tuple[dict[str, Packing], Mapping[str, Stored]]:
+    """Packed products, and the tensors under axicon's names for them."""
+    config = safety.read_json(folder / "config.json")
     try:
-        return read_packing(safety.read_json(folder / "config.json"))
+        if _is_foreign(config):
+            return translate(config["quantization_config"], shape, stored)
+        return read_packing(config), stored
     except AxiconError as e:
         raise AxiconError(f"{folder}: {e}") from e
+
+
+def _is_foreign(config: Mapping[str, Any]) -> bool:
+    found = config.get("quantization_config")
+    return isinstance(found, Mapping) and found.get("quant_method") in SCHEMES
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:

@@ -15,6 +15,9 @@ LARGEST = 1 << 24
 """No size in a config is larger than this (16.8 million); what is, is a mistake or an attack."""
 MOST_LAYERS = 1 << 10
 
+FOREIGN = ("compressed-tensors", "gptq", "awq")
+"""`quant_method` of the other tools whose weights are read, by `axicon.model.foreign`."""
+
 HARMLESS = frozenset({
     # What transformers writes into every config, and what only training, generation or other programs read.
     "model_type", "architectures", "transformers_version", "_name_or_path", "torch_dtype", "dtype",
@@ -52,10 +55,10 @@ class Reader:
         if config.get("quantization_config"):
             method = config["quantization_config"]
             method = method.get("quant_method", "unknown") if isinstance(method, Mapping) else method
-            if method != "axicon":
+            if method != "axicon" and method not in FOREIGN:
                 raise AxiconError(
                     f"config.json: the weights were quantised by another tool ({method}); axicon reads dense "
-                    "ones and its own. Take the model it was made from")
+                    f"ones, its own, {', '.join(FOREIGN)}. Take the model it was made from")
 
     def _get(self, key: str, default: Any) -> Any:
         self._seen.add(key)

@@ -113,7 +113,7 @@ class Block(nn.Module):
             raise ValueError(f"attention variant {s.attention!r}, known are {', '.join(VARIANTS)}")
         if s.parallel and (s.attention_shortcut or s.mlp_shortcut or not shape.norm_first):
             raise ValueError("a parallel block has its norms first and no shortcuts")
-        self.shape, self.index = s, index
+        self.shape, self.index, self.rope = s, index, shape.rope
         self.scale, self.window, self.variant = s.scale, s.window, s.attention
         self.norm_first, self.gated = shape.norm_first, s.gated
         self.activate = ACTIVATIONS[shape.activation]

@@ -137,6 +137,20 @@ def ignorable(name: str, shape: ModelShape) -> bool:
     return tied or name.endswith(("rotary_emb.inv_freq", *masks))
 
 
+def product_names(shape: ModelShape, module: str) -> tuple[list[str], int | None]:
+    """Names in a checkpoint of the products that one product of the decoder is made of, in the order of its
+    rows; and `Place.heads`, for one whose rows are in another order there.
+    """
+    if not module.startswith("blocks."):
+        return [MODEL_NAMES[shape.family][module]], None
+    _, index, name = module.split(".")
+    names, block = BLOCK_NAMES[shape.family], shape.blocks[int(index)]
+    layer = f"{LAYERS[shape.family]}.{index}"
+    if name in names:
+        return [f"{layer}.{names[name]}"], block.heads if name == "qkv" else None
+    return [f"{layer}.{names[part]}" for part in block.parts(name)], None
+
+
 def head_name(shape: ModelShape) -> str:
     """Name of the head's weight in a checkpoint of the family."""
     return f"{MODEL_NAMES[shape.family]['lm_head']}.weight"

@@ -1,4 +1,4 @@
-"""`axicon lineage` and `axicon cache`: what lies on disk."""
+"""`axicon lineage`, `axicon export` and `axicon cache`: what lies on disk."""
 
 from __future__ import annotations
 
@@ -32,6 +32,30 @@ def lineage(model: str, as_json: bool) -> None:
         click.echo(json.dumps(job.as_json(root), indent=2, ensure_ascii=False))
     else:
         job.draw(root)
+
+
+@axicon.command()
+@click.argument("form", metavar="FORMAT", type=click.Choice(["compressed-tensors"]))
+@click.argument("model", metavar="DIR")
+@click.argument("out", metavar="out=DIR2")
+def export(form: str, model: str, out: str) -> None:
+    """Write the compressed model in DIR to DIR2 in a FORMAT that other programs read.
+
+    Codes and scales stay what they are. transformers reads the result with the package compressed-tensors;
+    asymmetric 4-bit weights (awq, gptq with zeros) only from a version of it that accepts packed zeros.
+
+    \b
+    Example:
+      axicon export compressed-tensors ./my-model-int4 out=./my-model-ct
+    """
+    from jobs import export as job
+
+    key, _, target = out.partition("=")
+    if key != "out" or not target:
+        raise AxiconError(f"expected out=DIRECTORY, not {out!r}")
+    for note in job.run(model, target):
+        click.echo(f"note: {note}")
+    click.echo(f"it lies in {target}")
 
 
 @axicon.group(invoke_without_command=True)

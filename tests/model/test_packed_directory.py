@@ -183,7 +183,7 @@ def group(q: dict[str, Any]) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (lambda q: q.update(quant_method="gptq"), r"another tool \(gptq\)"),
+        (lambda q: q.update(quant_method="hqq"), r"another tool \(hqq\)"),
         (lambda q: q.update(version=2), "version 2, this axicon reads 1; update axicon"),
         (lambda q: q.update(groups=[]), "something else than a list of groups"),
         (lambda q: q.update(bits=8), "something else than a list of groups"),

@@ -128,7 +128,7 @@ def test_windows_that_never_cut_are_none() -> None:
         ({"model_type": "mistral", "sliding_window": 0}, "sliding_window is 0"),
         ({"model_type": "qwen2", "sliding_window": 9, "use_sliding_window": True, "layer_types": ["x"] * 3},
          "layer_types must name"),
-        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, r"another tool \(gptq\)"),
+        ({"quantization_config": {"quant_method": "hqq", "bits": 4}}, r"another tool \(hqq\)"),
         ({"num_experts": 8}, "num_experts is not understood for llama"),
         ({"new_switch": True, "other": 3}, "new_switch, other is not understood"),
     ],

@@ -1,0 +1,26 @@
+"""`axicon export`: a compressed model in a format that other programs read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from axicon.compress.directory import COMPANIONS
+from axicon.errors import AxiconError
+from axicon.model import checkpoint
+from axicon.model.artefact import atomic_directory, claim, write_bytes
+from axicon.model.foreign.export import compressed_tensors
+
+
+def run(model: str, out: str) -> list[str]:
+    """Write the directory, whole or not at all, and say what differs from the source. Raises AxiconError."""
+    source, target = checkpoint.resolve(model), Path(out).expanduser().absolute()
+    if target.exists():
+        raise AxiconError(f"out={out} exists already; choose another directory or remove it")
+    with claim(target), atomic_directory(target) as folder:
+        notes = compressed_tensors(source, folder)
+        for pattern in COMPANIONS:
+            for path in sorted(source.glob(pattern)):
+                if path.is_file():
+                    write_bytes(folder / path.name, path.read_bytes())
+        checkpoint.check_headers(folder)
+    return notes
