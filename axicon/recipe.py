@@ -159,7 +159,10 @@ class ModelRecipe(Recipe):
             return None
         compressor = method.build(COMPRESSORS, "compressor")
         if compressor.needs_inputs:
-            raise AxiconError(f"compressor={method.method} needs calibration data and cannot be applied here")
+            raise AxiconError(
+                f"compressor={method.method} looks at data, which is done once: "
+                f"axicon compress {method.method} model={self.model} out=DIR, then name DIR"
+            )
         return compressor
 
 
@@ -209,12 +212,29 @@ class LocalServeRecipe(ServeRecipe):
         return self.model_dump(mode="json", include=set(ServeRecipe.model_fields))
 
 
+class CalibrationRecipe(Recipe):
+    """The sample that a method looks at which needs data. It changes the result, `activations` does not."""
+
+    text: str | None = Field(None, description="text file or hub data set; none: the model writes one itself")
+    column: str = Field("text", description="the field that holds the text of a record")
+    windows: int = Field(32, ge=1, description="windows of the sample")
+    window: int = Field(512, ge=2, description="tokens per window of the sample")
+    seed: int = Field(0, ge=0, description="of which windows of the text, or of what the model writes")
+    inputs: Literal["sequential", "dense"] = Field(
+        "sequential", description="what a block is shown: output of compressed blocks, or of the dense model"
+    )
+    activations: Literal["auto", "memory", "disk"] = Field(
+        "auto", description="where hidden states lie between blocks; auto: memory if they take half of it"
+    )
+
+
 class CompressRecipe(ModelRecipe):
     """How a model is made smaller, where the result lies, and what is measured of it."""
 
     compressor: Annotated[Method, BeforeValidator(named_method)] = Field(
         SERVED_BY_DEFAULT, description="the method; its settings beside it, as compressor.NAME"
     )
+    calibration: CalibrationRecipe = Field(CalibrationRecipe(), description="sample, for methods with data")
     out: Path | None = Field(None, description="directory to make; none: artifacts/models/MODEL-METHOD")
     measure: bool = Field(True, description="false: no tokens per second, which take some seconds")
     text: str | None = Field(None, description="perplexity before and after on this text or hub data set")

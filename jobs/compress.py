@@ -7,7 +7,9 @@ says what decides the bytes, the report what they are worth; only the report is 
 from __future__ import annotations
 
 import dataclasses
+import json
 import platform
+import shutil
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,18 +21,21 @@ import transformers
 from rich.table import Table
 
 from axicon import __version__
-from axicon.compress.directory import write_compressed
-from axicon.compress.estimate import estimate
+from axicon.compress.calibration import Calibration
+from axicon.compress.directory import compress_blocks, write_calibrated, write_compressed
+from axicon.compress.estimate import Estimate, estimate, state_bytes
+from axicon.compress.work import Work, work_folder
 from axicon.errors import AxiconError, RunFailed
 from axicon.model import checkpoint
 from axicon.model.artefact import atomic_directory, claim, read_manifest, write_manifest
 from axicon.model.intact import problems
-from axicon.model.machine import cores
+from axicon.model.machine import available_memory, cores
 from axicon.protocols import Compressor
 from axicon.recipe import CompressRecipe
+from jobs.calibration import Sample
 from jobs.figures import Measure, sizes
 from jobs.model_report import ModelReport
-from jobs.progress import Reporter
+from jobs.progress import Advance, Reporter
 from jobs.report import Report
 from jobs.shown import size
 from jobs.stop import Stopped
@@ -54,8 +59,11 @@ def run(recipe: CompressRecipe, reporter: Reporter | None = None) -> Report:
         done = plan.is_done()
         if done:
             reporter.say(f"{plan.target} is there already, made by this recipe, and intact")
-        else:
+            shutil.rmtree(work_folder(plan.target), ignore_errors=True)
+        elif plan.sample is None:
             _make(plan, measure, reporter)
+        else:
+            _make_calibrated(plan, plan.sample, measure, reporter)
     try:
         figures = ModelReport.read(plan.target) if done else measure.run(plan.target, reporter)
     except Stopped as stopped:
@@ -83,6 +91,8 @@ class Plan:
     """The parent's methods, then this one."""
     parent: Mapping[str, Any]
     licence: str | None
+    sample: Sample | None
+    """What a method with data looks at."""
 
     @classmethod
     def of(cls, recipe: CompressRecipe) -> Self:
@@ -97,11 +107,15 @@ class Plan:
         checkpoint.check_headers(source)
         name, method = checkpoint.model_id(recipe.model), recipe.compressor.method
         out = recipe.out or DEFAULT_OUT / f"{name.replace('/', '--')}-{method}"
+        sample = Sample.of(recipe, source) if compressor.needs_inputs else None
         settings = dataclasses.asdict(compressor)  # type: ignore[call-overload]
         manifest = read_manifest(source) or {}
         link = {"method": method, "settings": _plain(settings), "axicon": __version__}
+        if sample is not None:
+            link["calibration"] = sample.facts()
         return cls(
             recipe=recipe,
+            sample=sample,
             compressor=compressor,
             source=source,
             target=out.expanduser().absolute(),
@@ -117,7 +131,8 @@ class Plan:
     def facts(self) -> dict[str, Any]:
         """What the manifest says beside the files."""
         threads = torch.get_num_threads()
-        recipe = self.recipe.model_dump(mode="json", exclude={"out"}) | {
+        aside: Any = {"out": True, "calibration": {"activations"} if self.sample else True}
+        recipe = self.recipe.model_dump(mode="json", exclude=aside) | {
             "threads": threads,
             "compressor": {"method": self.recipe.compressor.method, **self.chain[-1]["settings"]},
         }
@@ -165,7 +180,8 @@ class Plan:
             return f"made from {parent.get('source')}, or from another version of it"
         theirs = [(link.get("method"), link.get("settings")) for link in manifest.get("chain", ())]
         if theirs == [(link["method"], link["settings"]) for link in self.chain]:
-            return ""
+            samples = [[link.get("calibration") for link in c] for c in (manifest["chain"], self.chain)]
+            return "" if samples[0] == samples[1] else "made with another calibration sample"
         method, settings = theirs[-1] if theirs else ("no method", {})
         ours = self.chain[-1]["settings"]
         changed = [f"{key}={value}" for key, value in (settings or {}).items() if ours.get(key) != value]
@@ -173,13 +189,10 @@ class Plan:
 
 
 def build(recipe: CompressRecipe) -> Compressor:
-    """The method. Raises AxiconError for an unknown one (`auto` is none), and for one that needs data."""
+    """The method. Raises AxiconError for an unknown one (`auto` is none)."""
     from axicon.compress import COMPRESSORS
 
-    compressor = recipe.compressor.build(COMPRESSORS, "compressor")
-    if compressor.needs_inputs:
-        raise AxiconError(f"compressor={recipe.compressor.method} needs calibration data; none is here")
-    return compressor
+    return recipe.compressor.build(COMPRESSORS, "compressor")
 
 
 def source_of(model: str, folder: Path) -> str:
@@ -193,23 +206,85 @@ def source_of(model: str, folder: Path) -> str:
 def _make(plan: Plan, measure: Measure, reporter: Reporter) -> None:
     dtype = getattr(torch, plan.recipe.dtype)
     need = estimate(plan.compressor, plan.source, dtype)
-    need.check(plan.source, plan.target)
-    reporter.say(
-        f"{plan.parent['name']} by {plan.recipe.compressor.method} takes about {_seconds(need.seconds)}, "
-        f"{size(need.memory)} of memory and {size(need.disk)} of disk (one block took "
-        f"{need.block_seconds:.2f} s)"
-    )
+    _check(plan, need, reporter)
     with atomic_directory(plan.target) as folder, reporter.track("blocks") as advance:
         write_compressed(
             plan.compressor,
             plan.source,
             folder,
             dtype=dtype,
-            progress=lambda done, total: advance(done, total, ""),
+            progress=advance,
         )
         write_manifest(folder, **plan.facts())
         measure.sizes = sizes(folder, plan.source)
         measure.report("the run ended before it was measured").write(folder)
+
+
+def _check(plan: Plan, need: Estimate, reporter: Reporter) -> None:
+    need.check(plan.source, plan.target)
+    reporter.say(
+        f"{plan.parent['name']} by {plan.recipe.compressor.method} takes about {_seconds(need.seconds)}, "
+        f"{size(need.memory)} of memory and {size(need.disk)} of disk (one block takes "
+        f"{need.block_seconds:.2f} s)"
+    )
+
+
+def _make_calibrated(plan: Plan, sample: Sample, measure: Measure, reporter: Reporter) -> None:
+    """Block by block into the work folder, and from there into the target. Finished blocks are kept whatever
+    ends this.
+    """
+    dtype = getattr(torch, plan.recipe.dtype)
+    facts = json.loads(json.dumps(plan.facts()))
+    work = Work(work_folder(plan.target), facts)
+    if work.cleared:
+        reporter.say("finished blocks of another recipe, machine or thread count were removed")
+    if work.done:
+        reporter.say(f"going on after {work.done} finished blocks in {work.folder}")
+    try:
+        tokens = work.sample()
+        if tokens is None:
+            tokens = sample.tokens(reporter)
+            work.keep_sample(tokens)
+        calibration = Calibration(tokens, dense=plan.recipe.calibration.inputs == "dense")
+        if work.done < checkpoint.shape_of(plan.source).layers:
+            need = estimate(plan.compressor, plan.source, dtype, calibration)
+            states = state_bytes(plan.source, dtype, calibration)
+            on_disk = _on_disk(plan.recipe, need.memory, states)
+            _check(plan, need.with_states(states, on_disk), reporter)
+            with reporter.track("blocks") as advance:
+                compress_blocks(
+                    plan.compressor, plan.source, work, calibration, dtype=dtype, on_disk=on_disk,
+                    progress=_with_time_left(advance, work.done),
+                )
+        seen = {"sha256": calibration.sha256, "block_errors": work.errors()}
+        with atomic_directory(plan.target) as folder:
+            write_calibrated(plan.source, folder, work, dtype=dtype)
+            write_manifest(folder, **facts, calibration=sample.facts() | seen)
+            measure.sizes = sizes(folder, plan.source)
+            measure.report("the run ended before it was measured").write(folder)
+    except Stopped as stopped:
+        stopped.kept = f"{work.done} finished blocks are kept in {work.folder}; run the same command to go on"
+        raise
+    work.remove()
+
+
+def _on_disk(recipe: CompressRecipe, memory: int, states: int) -> bool:
+    """Whether hidden states lie on disk: if asked for, or if they would take half of what is left."""
+    asked, available = recipe.calibration.activations, available_memory()
+    if asked != "auto":
+        return asked == "disk"
+    return available is not None and states > (available - memory) / 2
+
+
+def _with_time_left(advance: Advance, before: int) -> Advance:
+    """Says how long the rest will take by the blocks finished in this run; `before` were there already."""
+    start = time.monotonic()
+
+    def told(done: int, total: int, note: str) -> None:
+        left = (time.monotonic() - start) / (done - before) * (total - done)
+        advance(done, total, f"{note}, about {_seconds(left)} left" if done < total else note)
+
+    return told
 
 
 def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -31,7 +31,7 @@ class Link(_Part):
 
         cls = COMPRESSORS.get(self.method)
         defaults = {
-            field.name: field.default
+            field.name: field.default_factory() if callable(field.default_factory) else field.default
             for field in (dataclasses.fields(cls) if cls else ())  # type: ignore[arg-type]
         }
         changed = [

@@ -1,10 +1,12 @@
 """Compression methods, by the name recipes call them."""
 
+from axicon.compress.gptq import GPTQ
 from axicon.compress.group_int4 import GroupInt4
 from axicon.compress.llm_int8 import LLMInt8
 from axicon.protocols import Compressor
 
 COMPRESSORS: dict[str, type[Compressor]] = {
+    "gptq": GPTQ,
     "group_int4": GroupInt4,
     "llm_int8": LLMInt8,
 }

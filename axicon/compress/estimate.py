@@ -5,16 +5,17 @@ from __future__ import annotations
 import copy
 import shutil
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import nn
 
+from axicon.compress.calibration import Calibration, sequences
 from axicon.compress.walk import walk
 from axicon.errors import AxiconError
 from axicon.model import checkpoint
-from axicon.model.decoder import Decoder
+from axicon.model.decoder import Block, Decoder
 from axicon.model.machine import available_memory
 from axicon.model.weights import stored_tensors
 from axicon.protocols import Compressor
@@ -24,6 +25,9 @@ WORKING_BYTES = 16
 OVERHEAD = 32 << 20
 OTHER_FILES = 32 << 20
 """Tokenizer, headers, manifest."""
+TRIED_TOKENS, PASSES = 64, 3
+"""A method looks at the inputs of a block about twice, which costs more than one pass; one more makes its
+output."""
 GIB = 2**30
 
 
@@ -36,6 +40,12 @@ class Estimate:
     """Bytes of the result."""
     block_seconds: float
     """Measured on one block."""
+
+    def with_states(self, states: int, on_disk: bool) -> Estimate:
+        """With hidden states of so many bytes in memory or on disk."""
+        if on_disk:
+            return replace(self, disk=self.disk + states)
+        return replace(self, memory=self.memory + states)
 
     def check(self, source: Path, target: Path) -> None:
         """Raises AxiconError when memory or disk do not suffice."""
@@ -52,14 +62,26 @@ class Estimate:
                 "on that disk; free some or choose another place")
 
 
-def estimate(compressor: Compressor, source: Path, dtype: torch.dtype) -> Estimate:
-    """Compress one block for trial, on a copy of the compressor, and extrapolate by bytes."""
+@torch.no_grad()
+def estimate(
+    compressor: Compressor, source: Path, dtype: torch.dtype, calibration: Calibration | None = None
+) -> Estimate:
+    """Compress one block for trial, on a copy of the compressor, and extrapolate by bytes.
+
+    Of a calibration sample the trial sees a little. Disk and memory are without the hidden states, for which
+    see `state_bytes`.
+    """
     shape = checkpoint.shape_of(source)
     probe = min(1, shape.layers - 1)
     start = time.perf_counter()
     part = checkpoint.load(source, dtype=dtype, blocks=range(probe, probe + 1))
     before = _bytes(part, dtype)
-    walk(copy.deepcopy(compressor), [part])
+    grams, passes = 0, 0.0
+    if calibration is None:
+        walk(copy.deepcopy(compressor), [part])
+    else:
+        grams = _gram_bytes(part)
+        passes = _try_calibrated(copy.deepcopy(compressor), part, calibration)
     after = sum(tensor.nbytes for _, tensor in stored_tensors(part))
     seconds = time.perf_counter() - start
     with torch.device("meta"):
@@ -67,13 +89,46 @@ def estimate(compressor: Compressor, source: Path, dtype: torch.dtype) -> Estima
         embedding = Decoder(shape).embed_tokens.weight.numel() * dtype.itemsize
     dense = [_bytes(part, dtype) for part in parts]
     products = max(m.weight.numel() for part in parts for m in part.modules() if isinstance(m, nn.Linear))
+    disk = embedding + int((sum(dense) - embedding) * after / before) + OTHER_FILES
     return Estimate(
-        seconds=seconds * sum(dense) / before,
+        seconds=seconds * sum(dense) / before + passes * shape.layers,
         # A part once in memory and once as pages of its file; 612 MB measured for the embedded model's 614.
-        memory=2 * max(dense) + products * WORKING_BYTES + OVERHEAD,
-        disk=embedding + int((sum(dense) - embedding) * after / before) + OTHER_FILES,
-        block_seconds=seconds,
+        memory=2 * max(dense) + products * WORKING_BYTES + OVERHEAD + grams,
+        disk=disk if calibration is None else 2 * disk,
+        block_seconds=seconds + passes,
     )
+
+
+def state_bytes(source: Path, dtype: torch.dtype, calibration: Calibration) -> int:
+    """Bytes of the hidden states of a sample before a block and behind it."""
+    shape = checkpoint.shape_of(source)
+    widest = max(max(block.width_in, block.width_out) for block in shape.blocks)
+    return 2 * calibration.tokens_WT.numel() * widest * dtype.itemsize
+
+
+def _try_calibrated(compressor: Compressor, part: Decoder, calibration: Calibration) -> float:
+    """Compress the block of `part` on a short made-up window. Returns the seconds that all windows of the
+    sample would take to go through it, as often as a method and the walk send them.
+    """
+    block = part.blocks[0]
+    assert isinstance(block, Block)
+    windows, length = calibration.tokens_WT.shape
+    made = torch.Generator().manual_seed(0)
+    x_BTD = torch.randn(1, length, block.shape.width_in, generator=made).to(part.dtype)
+    sequences(block, x_BTD)  # first touches of memory
+    start = time.perf_counter()
+    sequences(block, x_BTD)
+    once = time.perf_counter() - start
+    compressor.block(block, [x_BTD[:, :TRIED_TOKENS]])
+    return PASSES * once * windows
+
+
+def _gram_bytes(part: Decoder) -> int:
+    """Of the x x^T of all products of a block in float32, and of three more of the largest: what factoring it
+    takes.
+    """
+    widths = [m.in_features for block in part.blocks for m in block.children() if isinstance(m, nn.Linear)]
+    return 4 * (sum(width**2 for width in widths) + 3 * max(widths) ** 2)
 
 
 def _bytes(part: Decoder, dtype: torch.dtype) -> int:

@@ -1,17 +1,26 @@
 """The walk of a compressor over a model: begin, every block in order, finish.
 
 The model comes in parts, each a decoder of its own over some of the blocks: the whole of it in memory, or one
-block after the other from disk, where no more than the part at hand is in memory.
+block after the other from disk, where no more than the part at hand is in memory, beside the hidden states of
+the calibration sample for a method that looks at some.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
+from axicon.compress.calibration import (
+    Calibration,
+    States,
+    Store,
+    embedded,
+    finite,
+    sequences,
+    through,
+)  # fmt: skip
 from axicon.model.decoder import Block, Decoder
 from axicon.protocols import Compressor
 
@@ -20,31 +29,65 @@ from axicon.protocols import Compressor
 def walk(
     compressor: Compressor,
     parts: Iterable[Decoder],
-    inputs: Sequence[Tensor] = (),
+    calibration: Calibration | None = None,
     keep: Callable[[Decoder], None] = lambda part: None,
 ) -> None:
     """Compress in place the parts of one model, in order, and hand each to `keep` when it is done.
 
-    `inputs` are the hidden states (B, T, D) before the first block. No reference to a part is held when the
-    next one is asked for.
+    Hidden states stay in memory. No reference to a part is held when the next one is asked for.
     """
-    if compressor.needs_inputs and not inputs:
-        raise ValueError(f"{type(compressor).__name__} needs calibration inputs")
+    states: States = ()
     for part in parts:
-        if part.has_embedding:
-            compressor.begin(part)
-        for block in part.blocks:
-            assert isinstance(block, Block)
-            inputs = compressor.block(block, inputs)
-        if part.has_head:
-            compressor.finish(part)
+        states, _ = step(compressor, part, states, calibration)
         keep(part)
-        block = part = None  # type: ignore[assignment]
+        part = None  # type: ignore[assignment]
 
 
-def compress(compressor: Compressor, model: Decoder, inputs: Sequence[Tensor] = ()) -> Decoder:
+@torch.no_grad()
+def step(
+    compressor: Compressor, part: Decoder, states: States, calibration: Calibration | None,
+    store: Store = list,
+) -> tuple[States, list[float]]:
+    """Compress one part in place. `states` are those before its first block, which for the embedding's part
+    are made here from the sample.
+
+    Returns the states behind its last block, kept by `store` (none behind the last of the model), and for
+    each block how far its output is from the dense block's for the same first window: |y - dense| / |dense|.
+    """
+    if compressor.needs_inputs and calibration is None:
+        raise ValueError(f"{type(compressor).__name__} needs calibration inputs")
+    if not compressor.needs_inputs:
+        calibration = None
+    if part.has_embedding:
+        compressor.begin(part)
+        states = () if calibration is None else embedded(part, calibration.tokens_WT)
+    errors = []
+    for block in part.blocks:
+        assert isinstance(block, Block)
+        if calibration is None:
+            compressor.block(block, states)
+            continue
+        wanted = block.index + 1 < part.shape.layers
+        where = f"the output of blocks.{block.index}"
+        before, first = states, states[0]
+        dense = sequences(block, first)
+        if wanted and calibration.dense:
+            states = store(finite(through(block, before), where))
+        after = compressor.block(block, before)
+        if wanted and not calibration.dense:
+            states = store(finite(after, where))
+        got = next(iter(after))
+        if got.shape == dense.shape:
+            errors.append(float((got.float() - dense.float()).norm() / dense.float().norm().clamp(min=1e-30)))
+    if part.has_head:
+        compressor.finish(part)
+        states = ()
+    return states, errors
+
+
+def compress(compressor: Compressor, model: Decoder, calibration: Calibration | None = None) -> Decoder:
     """Compress a whole `model` in place and return it; see `walk`."""
-    walk(compressor, [model], inputs)
+    walk(compressor, [model], calibration)
     return model
 
 

@@ -10,8 +10,10 @@ import torch
 from torch import nn
 
 from axicon.compress import COMPRESSORS
-from axicon.compress.directory import write_compressed
+from axicon.compress.calibration import Calibration
+from axicon.compress.directory import compress_blocks, write_calibrated, write_compressed
 from axicon.compress.walk import compress
+from axicon.compress.work import Work
 from axicon.model import checkpoint
 from axicon.model.artefact import write_json
 from axicon.model.decoder import Decoder
@@ -29,6 +31,10 @@ CONFIGS = {
 }
 
 
+SAMPLE = Calibration(torch.randint(0, 160, (8, 32), generator=torch.Generator().manual_seed(3)))
+"""For methods that look at data; the others do not see it."""
+
+
 def decoder(family: str) -> Decoder:
     torch.manual_seed(0)
     return Decoder(ModelShape.from_config(CONFIGS[family])).requires_grad_(False)
@@ -41,12 +47,12 @@ class TestEveryCompressor:
         dense = decoder(family)
         tokens = torch.randint(0, 160, (2, 32), generator=torch.Generator().manual_seed(1))
         want = dense.logits(tokens)
-        got = compress(COMPRESSORS[method](), copy.deepcopy(dense)).logits(tokens)
+        got = compress(COMPRESSORS[method](), copy.deepcopy(dense), SAMPLE).logits(tokens)
         assert not torch.equal(got, want)
         assert (got - want).norm() / want.norm() < 0.05
 
     def test_forward_equals_unpack(self, method: str, family: str) -> None:
-        model = compress(COMPRESSORS[method](), decoder(family))
+        model = compress(COMPRESSORS[method](), decoder(family), SAMPLE)
         packed = [m for m in model.modules() if isinstance(m, PackedLinear)]
         assert packed
         for module in packed:
@@ -63,8 +69,13 @@ class TestEveryCompressor:
         folder.mkdir()
         write_weights(dense, stored_tensors(decoder(family)))
         write_json(dense / "config.json", CONFIGS[family])
-        write_compressed(COMPRESSORS[method](), dense, folder, dtype=torch.bfloat16)
-        want = compress(COMPRESSORS[method](), checkpoint.load(dense))
+        if COMPRESSORS[method]().needs_inputs:
+            work = Work(tmp_path / "work", {})
+            compress_blocks(COMPRESSORS[method](), dense, work, SAMPLE, dtype=torch.bfloat16, on_disk=True)
+            write_calibrated(dense, folder, work, dtype=torch.bfloat16)
+        else:
+            write_compressed(COMPRESSORS[method](), dense, folder, dtype=torch.bfloat16)
+        want = compress(COMPRESSORS[method](), checkpoint.load(dense), SAMPLE)
         got = checkpoint.load(folder)
         assert packing_of(got) == packing_of(want)
         assert got.state_dict().keys() == want.state_dict().keys()
@@ -74,5 +85,5 @@ class TestEveryCompressor:
 
     def test_leaves_the_embedding_alone(self, method: str, family: str) -> None:
         dense = decoder(family)
-        model = compress(COMPRESSORS[method](), copy.deepcopy(dense))
+        model = compress(COMPRESSORS[method](), copy.deepcopy(dense), SAMPLE)
         assert torch.equal(model.embed_tokens.weight, dense.embed_tokens.weight)
