@@ -59,15 +59,7 @@ class Serving:
 
     def processes(self) -> list[int]:
         """Ids of everything it started that still runs."""
-        wanted = f"{MARK}={self.mark}".encode()
-        found = []
-        for folder in Path("/proc").iterdir():
-            try:
-                if folder.name.isdigit() and wanted in (folder / "environ").read_bytes().split(b"\0"):
-                    found.append(int(folder.name))
-            except OSError:
-                continue  # another user's, or just ended
-        return found
+        return marked(self.mark)
 
     def stop(self) -> float:
         """End it as Ctrl-C does. Returns the seconds it took."""
@@ -76,6 +68,19 @@ class Serving:
             self.process.send_signal(signal.SIGINT)
             self.process.wait(timeout=60)
         return time.perf_counter() - begin
+
+
+def marked(mark: str) -> list[int]:
+    """Processes whose environment holds the mark."""
+    wanted = f"{MARK}={mark}".encode()
+    found = []
+    for folder in Path("/proc").iterdir():
+        try:
+            if folder.name.isdigit() and wanted in (folder / "environ").read_bytes().split(b"\0"):
+                found.append(int(folder.name))
+        except OSError:
+            continue  # another user's, or just ended
+    return found
 
 
 @contextmanager

@@ -72,7 +72,7 @@ def test_a_peer_that_is_not_installed_is_left_out_with_a_sentence(
     assert decode._is_present("axicon")
     assert not decode._is_present("other")
     assert "other is not measured: the package a_package_nobody_has" in capsys.readouterr().err
-    with pytest.raises(Exception, match="peers=unknown: known are axicon, axicon-int8, transformers"):
+    with pytest.raises(Exception, match="peers=unknown: known are axicon, axicon-int8, axicon-int8-sampled, tr"):
         decode._is_present("unknown")
 
 
@@ -105,24 +105,25 @@ def test_no_server_is_one_line(free_port: int) -> None:
 def test_processes_are_found_by_what_they_inherit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(FOLDER))
     import measure
+    import serving as started
     import startup
 
     child = subprocess.Popen(
-        ["sh", "-c", "sleep 30 & wait"], env={startup.MARK: "abc"}, stdout=subprocess.DEVNULL
+        ["sh", "-c", "sleep 30 & wait"], env={started.MARK: "abc"}, stdout=subprocess.DEVNULL
     )
     try:
         deadline = time.monotonic() + 5
-        while len(startup.marked("abc")) < 2 and time.monotonic() < deadline:
+        while len(started.marked("abc")) < 2 and time.monotonic() < deadline:
             time.sleep(0.01)
-        found = startup.marked("abc")
+        found = started.marked("abc")
         assert child.pid in found
         assert {startup._name(pid) for pid in found} == {"sh", "sleep"}
         assert measure.pss_bytes(found) > 0
     finally:
-        for pid in startup.marked("abc"):
+        for pid in started.marked("abc"):
             subprocess.run(["kill", str(pid)], check=False)
         child.wait(5)
     deadline = time.monotonic() + 5
-    while startup.marked("abc") and time.monotonic() < deadline:
+    while started.marked("abc") and time.monotonic() < deadline:
         time.sleep(0.01)  # the grandchild ends in its own time
-    assert startup.marked("abc") == []
+    assert started.marked("abc") == []

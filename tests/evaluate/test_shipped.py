@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 
 from axicon.model import checkpoint
-from axicon.recipe import EvaluateRecipe, LocalServeRecipe
+from axicon.recipe import CompressRecipe, EvaluateRecipe, LocalServeRecipe
 from jobs.command import read_recipe
 from tests.evaluate.tiny import PROSE, make_tokenizer, save_model
 from tests.services.live import serving
 
 ROOT = Path(__file__).resolve().parents[2]
-VERBS = {"serve": LocalServeRecipe, "evaluate": EvaluateRecipe}
+VERBS = {"serve": LocalServeRecipe, "evaluate": EvaluateRecipe, "compress": CompressRecipe}
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
