@@ -86,7 +86,9 @@ class Sample:
             max_model_len=asked.window,
             transform=None if compressor is None else Compress(compressor),
         )
-        begin = self._first_token(engine.tokenizer)
+        # A random word begins each window: what the model says by itself is about few things.
+        made = torch.Generator().manual_seed(asked.seed)
+        first = torch.randint(self._words(engine.tokenizer), (asked.windows,), generator=made).tolist()
         found: dict[str, list[int]] = {}
         for number in range(asked.windows):
             params = SamplingParams(
@@ -95,8 +97,8 @@ class Sample:
                 ignore_eos=True,
                 seed=asked.seed * 2**20 + number,
             )
-            engine.add(Request(id=str(number), prompt=[begin], params=params))
-            found[str(number)] = [begin]
+            engine.add(Request(id=str(number), prompt=[first[number]], params=params))
+            found[str(number)] = [first[number]]
         with reporter.track("calibration text, tokens") as advance:
             total = asked.windows * asked.window
             while engine.has_work:
@@ -109,8 +111,6 @@ class Sample:
         return_freed_memory()
         return torch.tensor([found[str(number)] for number in range(asked.windows)])
 
-    def _first_token(self, tokenizer: Any) -> int:
-        for token in (tokenizer.bos_token_id, tokenizer.eos_token_id):
-            if token is not None:
-                return int(token)
-        return 0
+    def _words(self, tokenizer: Any) -> int:
+        """How many ids there are that both tokenizer and model know."""
+        return min(len(tokenizer), checkpoint.shape_of(self.source).vocab)

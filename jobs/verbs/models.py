@@ -28,6 +28,7 @@ def compress(words: tuple[str, ...], show: bool) -> None:
     \b
     Examples:
       axicon compress llm_int8 model=demo out=./demo-int8
+      axicon compress gptq model=./my-model calibration.text=train.txt out=./my-model-int4
       axicon compress llm_int8 model=./my-model compressor.relative=4 text=wiki.test.raw windows=20
       axicon compress recipes/llm_int8.yaml measure=false
     """
