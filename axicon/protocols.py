@@ -10,16 +10,47 @@ heads, K head width, V vocabulary, O out, I in, L layers, R request rows.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from axicon.model.cache import LayerCache
 from axicon.model.decoder import Block, Decoder
 
-STEP_VERSION = 1
+STEP_VERSION = 2
+
+
+class RowPolicy(NamedTuple):
+    """How a row's cache is bounded. Counts are slots per head."""
+
+    row: int
+    method: int
+    """Index into the names of `KV_POLICIES`, sorted."""
+    budget: int
+    recent: int
+    sinks: int
+    spare: int
+    """Slots the row may hold beyond `budget` between two evictions."""
+
+
+class LayeredPrompt(NamedTuple):
+    """A prompt that goes through the model block by block, so that only one block holds all of its keys.
+
+    The step that begins it carries its nodes; they are staged nowhere, and committed by themselves when they
+    have passed the last block. Its logits come with that step, behind those of the step's own nodes.
+    """
+
+    row: int
+    blocks: int
+    """It passes through so many further blocks in this step."""
+
+
+def batched(flat: Sequence[int], size: int) -> Iterator[Sequence[int]]:
+    """`flat` in pieces of `size`."""
+    return (flat[i : i + size] for i in range(0, len(flat), size))
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +90,10 @@ class StepInput:
     """
     reserves: tuple[tuple[int, int], ...] = ()
     """(row, slots): rows that begin with this step and the most slots they will ever hold per head."""
+    policies: tuple[RowPolicy, ...] = ()
+    """Of the rows in `reserves` whose cache is bounded. Their prompts are layered."""
+    layered: tuple[LayeredPrompt, ...] = ()
+    """Prompts of bounded rows that go on in this step. Nodes of those that begin stand behind all others."""
 
     version: ClassVar[int] = STEP_VERSION
 
@@ -71,29 +106,36 @@ class StepInput:
             self.tokens_N, self.positions_N, self.rows_N, self.parents_N,
             self.wanted_N.long(), self.adapters_N, self.forced_N.long(),
         ]
-        flat = [n for pair in self.reserves for n in pair]
-        lists = [self.commits, self.releases, self.evictions, flat]
+        flat = [[n for entry in entries for n in entry] for entries in self._records()]
+        lists = [self.commits, self.releases, self.evictions, *flat]
         header = torch.tensor([STEP_VERSION, len(self), *(len(x) for x in lists)])
         return torch.cat([header, *nodes, *(torch.tensor(list(x), dtype=torch.int64) for x in lists)])
+
+    def _records(self) -> tuple[Sequence[tuple[int, ...]], ...]:
+        return self.reserves, self.policies, self.layered
 
     @staticmethod
     def unpack(packed: Tensor) -> StepInput:
         """Inverse of `pack`. Raises ValueError for another version or a wrong length."""
-        if len(packed) < 6:
-            raise ValueError(f"a StepInput of {len(packed)} numbers, its header alone has 6")
-        version, n, *counts = packed[:6].tolist()
+        if len(packed) < 8:
+            raise ValueError(f"a StepInput of {len(packed)} numbers, its header alone has 8")
+        version, n, *counts = packed[:8].tolist()
         if version != STEP_VERSION:
             known = f"this process speaks {STEP_VERSION}: run one axicon version everywhere"
             raise ValueError(f"StepInput version {version}, {known}")
-        if min(n, *counts) < 0 or counts[3] % 2 or len(packed) != 6 + 7 * n + sum(counts):
+        odd = counts[3] % 2 or counts[4] % len(RowPolicy._fields) or counts[5] % len(LayeredPrompt._fields)
+        if min(n, *counts) < 0 or odd or len(packed) != 8 + 7 * n + sum(counts):
             said = f"its header says {n} nodes and lists of {counts}"
             raise ValueError(f"a StepInput of {len(packed)} numbers, {said}")
-        parts = packed[6:].split([n] * 7 + counts)
+        parts = packed[8:].split([n] * 7 + counts)
         tokens, positions, rows, parents, wanted, adapters, forced = parts[:7]
-        commits, releases, evictions, flat = (p.tolist() for p in parts[7:])
+        commits, releases, evictions = (tuple(p.tolist()) for p in parts[7:10])
+        reserves, policies, layered = (p.tolist() for p in parts[10:])
         return StepInput(
             tokens, positions, rows, parents, wanted.bool(), adapters, forced.bool(),
-            tuple(commits), tuple(releases), tuple(evictions), tuple(zip(flat[::2], flat[1::2], strict=True)),
+            commits, releases, evictions, tuple(zip(reserves[::2], reserves[1::2], strict=True)),
+            tuple(RowPolicy(*one) for one in batched(policies, len(RowPolicy._fields))),
+            tuple(LayeredPrompt(*one) for one in batched(layered, len(LayeredPrompt._fields))),
         )
 
 
@@ -123,6 +165,8 @@ class Capacity:
     free_chunks: bool = False
     """True where no bit depends on where a prompt is cut. `prefill_chunk` is then only the most at once, and
     steps that decode as well may take less of a prompt."""
+    blocks: int = 0
+    """Blocks that a layered prompt passes; 0 where rows cannot have a policy."""
 
 
 class Compressor(Protocol):
@@ -149,6 +193,53 @@ class Compressor(Protocol):
 
     def finish(self, model: Decoder) -> None:
         """After the last block, where the head lives."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class LastRows:
+    """The attention of the last `count` committed queries, summed. More than one only for a policy that
+    evicts once."""
+
+    count: int
+
+
+Needs = Literal["none", "column_sums"] | LastRows
+"""Statistics of attention that a policy scores by, made by the runner for committed queries only: nothing, the
+attention every slot has received so far, or that of the last queries. Summed over the query heads of a group."""
+
+
+class KVPolicy(Protocol):
+    """Which slots of a bounded row stay. Settings are slots per head."""
+
+    @property
+    def budget(self) -> int:
+        """Slots kept, everything included."""
+        ...
+
+    @property
+    def recent(self) -> int:
+        """Newest slots, kept whatever their score."""
+        ...
+
+    @property
+    def sinks(self) -> int:
+        """First positions, kept whatever their score."""
+        ...
+
+    needs: ClassVar[Needs]
+    once: ClassVar[bool]
+    """Evicts at the end of the prompt and never again."""
+    recent_share: ClassVar[float]
+    """Of the budget, for a request that does not say how many recent slots it wants."""
+
+    def __init__(self, *, budget: int, recent: int, sinks: int) -> None: ...
+
+    def score(self, cache: LayerCache, stats_GS: Tensor | None, slots: int) -> Tensor:
+        """(G, S) of the first `slots` slots: higher stays. `stats_GS` is what `needs` asks for.
+
+        Slots lie in the order of their positions. A head that has fewer slots has anything behind them.
+        """
         ...
 
 
@@ -206,5 +297,88 @@ class Sampler(Protocol):
         probs_RC float32, each row sums to 1, zero where a candidate was filtered out; ids_RC int64, the
         token ids of the candidates. Returns (R,) int64 token ids. The result depends on each row's (id,
         probability) set and `Draw` alone, not on the order of the candidates nor on the other rows.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class DraftTree:
+    """What may follow a request's last token: a guess that one step of the target checks as a whole.
+
+    Node i holds `tokens[i]` and follows node `parents[i]`, -1 for the last token itself. Parents come before
+    children, and the children of one node stand in the order in which they were drawn: recursive rejection
+    is exact in that order alone.
+    """
+
+    tokens: tuple[int, ...] = ()
+    parents: tuple[int, ...] = ()
+    laws: Mapping[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    """Node or -1 -> (token ids, probabilities), both (C,): what its children were drawn from. A node that is
+    not here has children that were chosen without chance."""
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def children(self, node: int) -> list[int]:
+        """Nodes that follow `node`, in the order in which they were drawn."""
+        return [i for i, parent in enumerate(self.parents) if parent == node]
+
+
+class Level(NamedTuple):
+    """Nodes of one depth of a tree that grows, F of them. The first is the root, whose parent is -1."""
+
+    parents: Tensor
+    """int64 (F,). Place of each one's parent in the level above."""
+    tokens: Tensor
+    """int64 (F,). Place of each one's token among the candidates of its parent."""
+    log_probs: Tensor
+    """(F,). Of the path from the root, under the draft model."""
+    perturbed: Tensor
+    """(F,). The same plus noise, as the method defines it."""
+
+
+class Drafter(Protocol):
+    """A way to guess. Settings are the dataclass fields `width` and `depth`, as in a request.
+
+    It either reads `guess` off a request's own tokens, or grows a tree level by level from the laws of a
+    draft model.
+    """
+
+    needs_model: ClassVar[bool]
+    rule: ClassVar[str]
+    """How `verify: rrs` accepts its children: a name in `RULES` of `axicon.generate.verify`."""
+
+    @property
+    def width(self) -> int: ...
+
+    @property
+    def depth(self) -> int: ...
+
+    @property
+    def nodes(self) -> int:
+        """The most nodes a tree of these settings has."""
+        ...
+
+
+class Reader(Drafter, Protocol):
+    """Guesses from the tokens that are there."""
+
+    def guess(self, tokens: Sequence[int]) -> Sequence[int]:
+        """Tokens that may follow, at most `depth`."""
+        ...
+
+
+class Grower(Drafter, Protocol):
+    """Guesses with a draft model."""
+
+    @property
+    def draws(self) -> int:
+        """Sets of noise it wants per node."""
+        ...
+
+    def grow(self, log_probs_FC: Tensor, noise_DFC: Tensor | None, above: Level) -> Level:
+        """The next level. log_probs (F, C): the law over the candidates of each node of `above`, -inf for
+        what cannot be drawn; noise (draws, F, C): independent Gumbel variables, None for the likeliest nodes
+        instead of drawn ones. Siblings come in the order in which they were drawn.
         """
         ...
