@@ -50,21 +50,27 @@ struct Query {
 };
 
 // In place: scores to e^(score - max), 0 outside the visible slots; returns their sum.
+//
+// What a node of a tree does not see is taken out while the rest is summed: so the sum has the order, and the bits, of a
+// step that computes the node's path alone.
 inline float soften(const Query& query, int first, float* s) {
-    if (query.hidden)
-        for (int t = first; t < query.live; ++t)
-            if (query.hidden[(t - first) / 64] >> ((t - first) % 64) & 1) s[t] = -INFINITY;
+    auto unseen = [&](int t) { return query.hidden[(t - first) / 64] >> ((t - first) % 64) & 1; };
+    int live = query.hidden ? first : query.live;
+    for (int t = live; t < query.live; ++t)
+        if (!unseen(t)) s[live++] = s[t];
     const __m512 lowest = _mm512_set1_ps(-INFINITY);
-    auto mask = [&](int t) { return query.live - t >= LANES ? __mmask16(0xffff) : __mmask16((1u << (query.live - t)) - 1); };
+    auto mask = [&](int t) { return live - t >= LANES ? __mmask16(0xffff) : __mmask16((1u << (live - t)) - 1); };
     __m512 top = lowest, total = _mm512_setzero_ps();
-    for (int t = query.from; t < query.live; t += LANES) top = _mm512_max_ps(top, _mm512_mask_loadu_ps(lowest, mask(t), s + t));
+    for (int t = query.from; t < live; t += LANES) top = _mm512_max_ps(top, _mm512_mask_loadu_ps(lowest, mask(t), s + t));
     const __m512 most = _mm512_set1_ps(_mm512_reduce_max_ps(top));
-    for (int t = query.from; t < query.live; t += LANES) {
+    for (int t = query.from; t < live; t += LANES) {
         const __m512 v = _mm512_sub_ps(_mm512_mask_loadu_ps(lowest, mask(t), s + t), most);
         const __m512 e = _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(v, _mm512_set1_ps(-87.0f), _CMP_GT_OQ), exp(v));
         _mm512_mask_storeu_ps(s + t, mask(t), e);
         total = _mm512_add_ps(total, e);
     }
+    if (query.hidden)
+        for (int t = query.live - 1; t >= first; --t) s[t] = unseen(t) ? 0.0f : s[--live];
     return _mm512_reduce_add_ps(total);
 }
 
