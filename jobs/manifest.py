@@ -9,8 +9,7 @@ from typing import Any, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from axicon.errors import AxiconError
-from axicon.model import safety
-from axicon.model.artefact import FORMAT_VERSION
+from axicon.model.artefact import MANIFEST, read_manifest
 
 
 class _Part(BaseModel):
@@ -68,15 +67,9 @@ class Manifest(_Part):
 
         Raises AxiconError for one that cannot be read and for one of a newer axicon.
         """
-        path = folder / "manifest.json"
-        if not path.exists():
+        content = read_manifest(folder)
+        if content is None:
             return None
-        content = safety.read_json(path)
-        version = content.get("format_version")
-        if version != FORMAT_VERSION:
-            raise AxiconError(
-                f"{path}: format version {version!r}, this axicon reads {FORMAT_VERSION}; update axicon"
-            )
         # The first conversions name their GGUF file in `source` only, without its folder.
         source = content.get("source")
         if not content.get("parents") and isinstance(source, dict) and source.get("format") == "gguf":
@@ -88,7 +81,8 @@ class Manifest(_Part):
             first = error.errors(include_url=False)[0]
             where = ".".join(str(part) for part in first["loc"])
             raise AxiconError(
-                f"{path}: {where}: {first['msg'].lower()}; it was not written by axicon, or was changed"
+                f"{folder / MANIFEST}: {where}: {first['msg'].lower()}; it was not written by axicon, "
+                "or was changed"
             ) from None
 
     def method_chain(self) -> str:

@@ -26,6 +26,7 @@ from axicon.errors import AxiconError, RunFailed
 from axicon.model.presence import present
 from jobs import dashboard, follow, parcel, plan, running
 from jobs.address import is_loopback
+from jobs.shown import size
 from jobs.stop import Stopped
 
 STOP_WAIT_S = 60
@@ -250,7 +251,3 @@ def on_this_machine(found: dashboard.Dashboard) -> bool:
         c for c in psutil.net_connections("tcp") if c.status == "LISTEN" and str(c.laddr.port) == port
     ]
     return any(c.pid and "dashboard" in " ".join(psutil.Process(c.pid).cmdline()) for c in listening)
-
-
-def size(count: int) -> str:
-    return f"{count / 2**20:.1f} MiB" if count >= 2**20 else f"{count / 2**10:.0f} KiB"
