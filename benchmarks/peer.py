@@ -161,6 +161,20 @@ class AxiconInt8(Axicon):
         return _weight_bytes(model, "int8")
 
 
+class AxiconInt4(Axicon):
+    """4 bits in groups of 64 with an int8 head, rounded without data: which codes they are costs no time."""
+
+    def transform(self) -> Any:
+        from axicon.compress.group_int4 import GroupInt4
+        from axicon.compress.walk import Compress
+
+        return Compress(GroupInt4(group=64, head="int8"))
+
+    def count_bytes(self, model: str, dtype: str) -> int:
+        native = self.engine.runner.native  # type: ignore[attr-defined]
+        return int(native.weight_bytes) if native else _weight_bytes(model, "int8") // 2
+
+
 class AxiconInt8Sampled(AxiconInt8):
     """The same, drawing its tokens: what sampling costs beside greedy decoding in the same run."""
 
@@ -224,6 +238,7 @@ class Transformers:
 PEERS: dict[str, str] = {
     "axicon": "peer:Axicon",
     "axicon-int8": "peer:AxiconInt8",
+    "axicon-int4": "peer:AxiconInt4",
     "axicon-int8-sampled": "peer:AxiconInt8Sampled",
     "transformers": "peer:Transformers",
     "ctranslate2-int8": "others:CTranslate2Int8",

@@ -43,6 +43,7 @@ class Linear(c.Structure):
     _fields_ = (
         ("format", I32), ("outputs", I32), ("inputs", I32), ("threshold", F32), ("relative", F32),
         ("weight", P), ("scale", P), ("bias", P),
+        ("group", I32), ("middle", I32), ("scale_type", I32), ("zeros", I32), ("order", P),
     )  # fmt: skip
 
 
@@ -68,7 +69,20 @@ class Model(c.Structure):
 
 
 class Extent(c.Structure):
-    _fields_ = (("keys", P), ("values", P), ("lengths", P), ("capacity", I32))
+    _fields_ = (
+        ("keys", P), ("values", P), ("lengths", P), ("positions", P), ("tally", P), ("capacity", I32),
+        ("entries", I32), ("stride", I32), ("every", I32),
+    )  # fmt: skip
+
+
+class Evicted(c.Structure):
+    """`axicon::Evicted` of evict.h."""
+
+    _fields_ = (
+        ("keys", P), ("values", P), ("positions", P), ("lengths", P), ("scores", P), ("sums", P),
+        ("capacity", I32), ("score_stride", I32), ("sum_stride", I32), ("budget", I32), ("recent", I32),
+        ("sinks", I32),
+    )  # fmt: skip
 
 
 class Step(c.Structure):
@@ -76,12 +90,12 @@ class Step(c.Structure):
         ("rows", I32), ("wanted", I32), ("tree_words", I32), ("threads", I32), ("tokens", P),
         ("positions", P),
         ("request", P), ("offset", P), ("committed", P), ("requests", I32), ("reserved", I32), ("extents", P),
-        ("hidden", P), ("wanted_rows", P), ("logits", P),
+        ("hidden", P), ("wanted_rows", P), ("logits", P), ("first", I32), ("last", I32), ("stream", P),
     )  # fmt: skip
 
 
-BF16, INT8 = 0, 1
-FORMATS = {"bfloat16": BF16, "int8": INT8}
+BF16, INT8, GROUP4, GROUP8 = range(4)
+SCALE_TYPES = {"float16": 0, "bfloat16": 1, "float32": 2}
 RMS_NORM, LAYER_NORM = 0, 1
 ACTIVATIONS = {"silu": 0, "relu": 1, "gelu": 2, "gelu_tanh": 3}
 HEAD_WIDTHS = (32, 64, 96, 128)
@@ -97,10 +111,12 @@ def library() -> Library:
     for name, arguments in {
         "axicon_pack_int8": (P, I32, I32, P),
         "axicon_pack_bf16": (P, I32, I32, P),
+        "axicon_pack_groups": (P, I32, I32, I32, P),
         "axicon_linear": (P, P, I32, P, I32),
         "axicon_buffers_delete": (P,),
         "axicon_seconds": (P, P),
         "axicon_step": (P, P, P),
+        "axicon_evict": (P, I32, I32, I32, I32),
         "axicon_softmax": (P, P, I32, I32, P, P, I32),
         "axicon_truncate": (P, I32, I32, P, I32),
         "axicon_draw": (P, P, I32, I32, c.c_int64, P, P, I32),

@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from axicon.kernels import native
 from axicon.model.packed import PackedLinear, Setting, slice_of
 
 SCALE_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -43,8 +44,16 @@ class GroupIntLinear(PackedLinear):
     order: Tensor | None
 
     def __init__(
-        self, qweight: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None, *, inputs: int,
-        bits: int, group: int, order: Tensor | None = None,
+        self,
+        qweight: Tensor,
+        scale: Tensor,
+        zero: Tensor | None,
+        bias: Tensor | None,
+        *,
+        inputs: int,
+        bits: int,
+        group: int,
+        order: Tensor | None = None,
     ) -> None:
         """Raises ValueError for bits out of 2 .. 8, and for a group that does not divide the inputs."""
         super().__init__()
@@ -54,8 +63,10 @@ class GroupIntLinear(PackedLinear):
         if bits not in BITS:
             raise ValueError(f"{bits} bits, a code has 2 to 8")
         if qweight.shape[1] != row_bytes(inputs, bits) or scale.shape != (self.outputs, groups):
-            raise ValueError(f"codes {list(qweight.shape)} and scales {list(scale.shape)} do not fit "
-                             f"{self.outputs} x {inputs} at {bits} bits in {groups} groups")
+            raise ValueError(
+                f"codes {list(qweight.shape)} and scales {list(scale.shape)} do not fit "
+                f"{self.outputs} x {inputs} at {bits} bits in {groups} groups"
+            )
         self.asymmetric, self.permuted = zero is not None, order is not None
         self.scale_dtype = DTYPE_NAMES[scale.dtype]
         self.register_buffer("qweight", qweight)
@@ -66,8 +77,15 @@ class GroupIntLinear(PackedLinear):
 
     @classmethod
     def from_codes(
-        cls, codes: Tensor, scale: Tensor, zero: Tensor | None = None, bias: Tensor | None = None, *,
-        bits: int, group: int, order: Tensor | None = None,
+        cls,
+        codes: Tensor,
+        scale: Tensor,
+        zero: Tensor | None = None,
+        bias: Tensor | None = None,
+        *,
+        bits: int,
+        group: int,
+        order: Tensor | None = None,
     ) -> Self:
         """From codes (O, I) 0 .. 2^bits - 1 in any integer dtype, in the stored order of the columns."""
         added = None if bias is None else bias.detach().clone()
@@ -86,8 +104,9 @@ class GroupIntLinear(PackedLinear):
             raise ValueError("bits is a whole number from 2 to 8, group one from 0 on")
         known = isinstance(dtype, str) and dtype in SCALE_DTYPES
         if not known or not all(isinstance(flag, bool) for flag in flags):
-            raise ValueError(f"asymmetric and permuted are true or false, scale_dtype one of "
-                             f"{', '.join(SCALE_DTYPES)}")
+            raise ValueError(
+                f"asymmetric and permuted are true or false, scale_dtype one of {', '.join(SCALE_DTYPES)}"
+            )
         groups = group_count(inputs, group)
         return cls(
             torch.empty(outputs, row_bytes(inputs, bits), dtype=torch.uint8),
@@ -124,6 +143,41 @@ class GroupIntLinear(PackedLinear):
         if self.order is not None:
             x = x[..., self.order.long()]
         return F.linear(x, self.stored().to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+
+    def why_not_native(self) -> str | None:
+        if kernel_group(self.inputs, self.group) is None:
+            return f"has groups of {self.group}, they want multiples of 16 columns"
+        return None
+
+    def native(self, library: native.Library) -> tuple[native.Linear, list[Tensor]]:
+        """Codes of up to 4 bits take half a byte there, wider ones a whole one."""
+        size = kernel_group(self.inputs, self.group)
+        assert size is not None
+        codes, nibbles = self.codes().contiguous(), self.bits <= 4
+        packed = torch.empty(self.native_bytes(), dtype=torch.uint8)
+        library.axicon_pack_groups(
+            codes.data_ptr(), self.outputs, self.inputs, int(nibbles), packed.data_ptr()
+        )
+        place = codes.numel() // 2 if nibbles else codes.numel()
+        for values in (self.scale, self.zero):
+            if values is not None:
+                share = _by_blocks(values, self.inputs // size).view(torch.uint8).flatten()
+                packed[place : place + len(share)] = share
+                place += len(share)
+        bias = None if self.bias is None else self.bias.float().contiguous()
+        order = None if self.order is None else self.order.contiguous()
+        descriptor = native.Linear(
+            native.GROUP4 if nibbles else native.GROUP8, self.outputs, self.inputs, 0.0, 0.0, None, None,
+            None if bias is None else bias.data_ptr(), size,
+            2 ** (self.bits - 1) if self.zero is None else 0, native.SCALE_TYPES[self.scale_dtype],
+            int(self.asymmetric), None if order is None else order.data_ptr(),
+        )  # fmt: skip
+        return descriptor, [packed, *(value for value in (bias, order) if value is not None)]
+
+    def native_bytes(self) -> int:
+        groups = self.inputs // (kernel_group(self.inputs, self.group) or self.inputs)
+        codes = self.outputs * self.inputs // (2 if self.bits <= 4 else 1)
+        return codes + self.outputs * groups * (self.scale.itemsize + self.asymmetric)
 
     def shard(self, rank: int, world: int, dim: Literal["out", "in"]) -> Self:
         """Along `in`, the bias stays with rank 0, since the ranks' results are summed.
@@ -162,6 +216,24 @@ def group_count(inputs: int, group: int) -> int:
         take = f"{', '.join(map(str, near))} or -1 (the whole row)" if near else "-1, the whole row"
         raise ValueError(f"a group of {group} does not divide {inputs} inputs; take {take}")
     return inputs // group
+
+
+WIDEST = 128
+"""Columns that share one int8 scale of activations in the C++ products."""
+
+
+def kernel_group(inputs: int, group: int) -> int | None:
+    """Columns of a group there: the largest part of `group` that is no wider than `WIDEST`; None where no
+    multiple of 16 divides it.
+    """
+    whole = group or inputs
+    return next((size for size in range(min(whole, WIDEST) & ~15, 0, -16) if whole % size == 0), None)
+
+
+def _by_blocks(values: Tensor, groups: int) -> Tensor:
+    """Scales or zeros (O, G) as the products read them: (O / 16, groups, 16)."""
+    values = values.repeat_interleave(groups // values.shape[1], dim=1)
+    return values.view(-1, 16, groups).transpose(1, 2).contiguous()
 
 
 def row_bytes(inputs: int, bits: int) -> int:

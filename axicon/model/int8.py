@@ -35,7 +35,11 @@ class Int8Linear(PackedLinear):
     absmax: Tensor
 
     def __init__(
-        self, qweight: Tensor, absmax: Tensor, bias: Tensor | None, threshold: float = 6.0,
+        self,
+        qweight: Tensor,
+        absmax: Tensor,
+        bias: Tensor | None,
+        threshold: float = 6.0,
         relative: float = 0.0,
     ) -> None:
         super().__init__()
@@ -49,11 +53,16 @@ class Int8Linear(PackedLinear):
     @classmethod
     def from_linear(cls, linear: nn.Linear, threshold: float = 6.0, relative: float = 0.0) -> Int8Linear:
         """Symmetric absmax rounding of each output's weights (step 1 of the note's algorithm)."""
-        weight = linear.weight.detach().float()
-        absmax = weight.abs().amax(1)
-        scaled = weight * torch.where(absmax > 0, 127.0 / absmax, 0.0)[:, None]
+        weight = linear.weight.detach()
+        codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
+        absmax = torch.empty(len(weight), device=weight.device)
+        # Outputs by the thousand: in float32 a head takes more memory than all else.
+        for rows, code, most in zip(*(x.split(1024) for x in (weight, codes, absmax)), strict=True):
+            rows = rows.float()
+            most.copy_(rows.abs().amax(1))
+            code.copy_((rows * torch.where(most > 0, 127.0 / most, 0.0)[:, None]).round())
         bias = None if linear.bias is None else linear.bias.detach().clone()
-        return cls(scaled.round().to(torch.int8), absmax, bias, threshold, relative)
+        return cls(codes, absmax, bias, threshold, relative)
 
     @classmethod
     def empty(
@@ -87,14 +96,17 @@ class Int8Linear(PackedLinear):
             y_NO += self.bias
         return y_NO.to(x.dtype)
 
-    def native(self, library: native.Library) -> tuple[native.Linear, list[Tensor]] | None:
+    def why_not_native(self) -> None:
+        return None
+
+    def native(self, library: native.Library) -> tuple[native.Linear, list[Tensor]]:
         packed = torch.empty(self.qweight.shape, dtype=torch.uint8)
         weight, scale = self.qweight.contiguous(), self.absmax.contiguous()
         library.axicon_pack_int8(weight.data_ptr(), self.outputs, self.inputs, packed.data_ptr())
         bias = None if self.bias is None else self.bias.float().contiguous()
         descriptor = native.Linear(
             native.INT8, self.outputs, self.inputs, self.threshold, self.relative,
-            packed.data_ptr(), scale.data_ptr(), None if bias is None else bias.data_ptr(),
+            None, scale.data_ptr(), None if bias is None else bias.data_ptr(),
         )  # fmt: skip
         return descriptor, [packed, scale] if bias is None else [packed, scale, bias]
 
@@ -112,9 +124,7 @@ class Int8Linear(PackedLinear):
         return cast(Self, Int8Linear(weight, self.absmax, bias, self.threshold, self.relative))
 
 
-def quantise_rows(
-    x_NI: Tensor, threshold: float, relative: float = 0.0
-) -> tuple[Tensor, Tensor, Tensor]:
+def quantise_rows(x_NI: Tensor, threshold: float, relative: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
     """int8 (N, I) with outliers as zeros, the rows' absmax (N, 1) without them, and where they are (N, I).
 
     An entry is one from `threshold` on, or from `relative` times the row's root mean square; 0 finds none.

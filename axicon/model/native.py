@@ -11,17 +11,18 @@ import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from axicon.kernels import native
-from axicon.model.cache import RowCache
+from axicon.model.cache import LayerCache, RowCache
 from axicon.model.decoder import Block, Decoder, Norm, inverse_frequencies
 from axicon.model.packed import PackedLinear
 
-EXTENT = np.dtype([("keys", "u8"), ("values", "u8"), ("lengths", "u8"), ("capacity", "i4")], align=True)
+EXTENT = np.dtype(native.Extent)
 
 
 def why_not(decoder: Decoder) -> str | None:
@@ -31,8 +32,16 @@ def why_not(decoder: Decoder) -> str | None:
         "it is not a whole model": not (decoder.has_embedding and decoder.has_head),
         "its blocks differ in shape": any(
             (b.width_in, b.width_middle, b.width_out, b.heads, b.kv_heads, b.head_width, b.hidden, b.gated)
-            != (first.width_in, first.width_in, first.width_in, first.heads, first.kv_heads, first.head_width,
-                first.hidden, first.gated)
+            != (
+                first.width_in,
+                first.width_in,
+                first.width_in,
+                first.heads,
+                first.kv_heads,
+                first.head_width,
+                first.hidden,
+                first.gated,
+            )
             for b in shape.blocks
         ),
         "its norms follow the residual sum": not shape.norm_first or not shape.final_norm,
@@ -53,8 +62,8 @@ def why_not(decoder: Decoder) -> str | None:
         if holds:
             return reason
     for name, module in decoder.named_modules():
-        if isinstance(module, PackedLinear) and module.format not in native.FORMATS:
-            return f"{name} is stored as {module.format}, they know {', '.join(native.FORMATS)}"
+        if isinstance(module, PackedLinear) and (why := module.why_not_native()) is not None:
+            return f"{name} {why}"
         if isinstance(module, nn.Linear) and module.weight.dtype != torch.bfloat16:
             return f"{name} is {str(module.weight.dtype).removeprefix('torch.')}, not bfloat16"
     return native.why_unavailable()
@@ -73,6 +82,14 @@ class Rows:
     wanted: Sequence[int]
     hidden_NW: np.ndarray | None = None
     """uint64 bit sets of the staged nodes a row does not see; None when every span is a chain."""
+
+
+class KeepBest(NamedTuple):
+    """What an eviction leaves of each head, in slots: all of the first and the newest, and the best."""
+
+    budget: int
+    recent: int
+    sinks: int
 
 
 class NativeDecoder:
@@ -104,6 +121,11 @@ class NativeDecoder:
         """Name of the compiled kernels: source, compiler, flags and processor decide it."""
         return str(Path(self.library._name).stem)
 
+    @property
+    def weight_bytes(self) -> int:
+        """Of all packed products, which each step reads once."""
+        return self._used
+
     def seconds(self) -> dict[str, float]:
         """Time spent in all steps so far, by what it was spent on."""
         spent = (ctypes.c_double * 3)()
@@ -116,6 +138,20 @@ class NativeDecoder:
 
     def forward(self, rows: Rows) -> Tensor:
         """float32 logits (wanted, V). Keys and values of the nodes are staged in `rows.caches`."""
+        extents = np.stack(self._columns_of(rows.caches), axis=1)  # (L, requests)
+        return self._run(rows, extents, 0, self.shape.layers, None)
+
+    def block(self, rows: Rows, index: int, stream_ND: Tensor) -> Tensor:
+        """One block alone, for rows of one request whose residual stream, float32, is changed in place.
+
+        The first block embeds the tokens first; only the last returns logits, if any are wanted. The layer is
+        the only one in the request's cache.
+        """
+        return self._run(rows, _extents(rows.caches[0])[:, None], index, index + 1, stream_ND)
+
+    def _run(
+        self, rows: Rows, extents: np.ndarray, first: int, last: int, stream_ND: Tensor | None
+    ) -> Tensor:
         count, wanted = len(rows.request_N), len(rows.wanted)
         if self._window is not None and rows.hidden_NW is not None and max(rows.offset_N) >= self._window:
             raise ValueError(f"a tree of more than {self._window} nodes, the sliding window of this model")
@@ -125,7 +161,7 @@ class NativeDecoder:
             np.asarray(list(values), dtype=np.int32)
             for values in (rows.request_N, rows.offset_N, rows.wanted, [c.committed for c in rows.caches])
         )
-        extents = np.stack(self._columns_of(rows.caches), axis=1)  # (L, requests)
+        extents = np.ascontiguousarray(extents)
         step = native.Step(
             rows=count, wanted=wanted, threads=torch.get_num_threads(),
             tree_words=0 if rows.hidden_NW is None else rows.hidden_NW.shape[1],
@@ -133,19 +169,38 @@ class NativeDecoder:
             offset=offset.ctypes.data, committed=committed.ctypes.data, requests=len(rows.caches),
             extents=extents.ctypes.data,
             hidden=None if rows.hidden_NW is None else rows.hidden_NW.ctypes.data,
-            wanted_rows=wanted_rows.ctypes.data, logits=logits_WV.data_ptr(),
+            wanted_rows=wanted_rows.ctypes.data, logits=logits_WV.data_ptr(), first=first, last=last,
+            stream=None if stream_ND is None else stream_ND.data_ptr(),
         )  # fmt: skip
         self.library.axicon_step(ctypes.addressof(self._model), ctypes.addressof(step), self._buffers)
         return logits_WV
 
+    def evict(
+        self, layers: Sequence[LayerCache], policies: Sequence[KeepBest], scores: Sequence[Tensor],
+        sums: Sequence[Tensor] | None,
+    ) -> None:
+        """Cut ragged layers to their budgets, in place. `scores` (G, S) per layer; `sums` move with the slots."""
+        table = (native.Evicted * len(layers))()
+        for i, (layer, keep, score) in enumerate(zip(layers, policies, scores, strict=True)):
+            assert layer.lengths is not None
+            assert layer.positions_GC is not None
+            table[i] = native.Evicted(
+                layer.keys_GCK.data_ptr(), layer.values_GCK.data_ptr(), layer.positions_GC.data_ptr(),
+                layer.lengths.ctypes.data, score.data_ptr(), sums[i].data_ptr() if sums else None,
+                layer.capacity, score.stride(0), sums[i].stride(0) if sums else 0, *keep,
+            )  # fmt: skip
+        groups, width = layers[0].extent.shape[1], layers[0].extent.shape[3]
+        self.library.axicon_evict(
+            ctypes.addressof(table), len(layers), groups, width, torch.get_num_threads()
+        )
+
     def _columns_of(self, caches: Sequence[RowCache]) -> list[np.ndarray]:
-        """Extents of each request. A whole row's capacity grows when, and only when, its extents move."""
+        """Extents of each request, made again when they lie elsewhere."""
         known, self._columns = self._columns, {}
         for cache in caches:
-            capacity = cache.room + cache.committed
             column = known.get(id(cache))
-            if column is None or column.cache is not cache or column.capacity != capacity or not cache.whole:
-                column = _Column(cache, capacity, *_extents(cache))
+            if column is None or column.cache is not cache or column.version != cache.version:
+                column = _Column(cache, cache.version, _extents(cache))
             self._columns[id(cache)] = column
         return [self._columns[id(cache)].extents_L for cache in caches]
 
@@ -166,9 +221,7 @@ class NativeDecoder:
 
     def _linear(self, module: nn.Module) -> native.Linear:
         if isinstance(module, PackedLinear):
-            described = module.native(self.library)
-            assert described is not None
-            descriptor, (packed, *others) = described
+            descriptor, (packed, *others) = module.native(self.library)
             descriptor.weight = self._weights(packed)
             self._keep += others
             return descriptor
@@ -216,7 +269,7 @@ class NativeDecoder:
 def _packed_bytes(decoder: Decoder) -> int:
     """Of all products, each rounded up to a cache line."""
     sizes = [
-        m.outputs * m.inputs if isinstance(m, PackedLinear) else m.weight.nbytes
+        m.native_bytes() if isinstance(m, PackedLinear) else m.weight.nbytes
         for m in decoder.modules()
         if isinstance(m, PackedLinear | nn.Linear)
     ]
@@ -226,20 +279,21 @@ def _packed_bytes(decoder: Decoder) -> int:
 @dataclass(frozen=True, slots=True)
 class _Column:
     cache: RowCache
-    capacity: int
+    version: int
     extents_L: np.ndarray
-    lengths: list[np.ndarray]
-    """What `extents_L` points to, kept alive."""
 
 
-def _extents(cache: RowCache) -> tuple[np.ndarray, list[np.ndarray]]:
-    """(L,) of `EXTENT`, and the per-head lengths it points to where heads hold different slots."""
+def _extents(cache: RowCache) -> np.ndarray:
+    """(L,) of `EXTENT`. It points to what the cache owns."""
     column = np.zeros(len(cache.layers), dtype=EXTENT)
-    kept = []
     for i, layer in enumerate(cache.layers):
-        lengths = 0
-        if layer.lengths is not None:
-            kept.append(np.asarray(layer.lengths, dtype=np.int32))
-            lengths = kept[-1].ctypes.data
-        column[i] = (layer.keys_GCK.data_ptr(), layer.values_GCK.data_ptr(), lengths, layer.capacity)
-    return column, kept
+        one = column[i]
+        one["keys"], one["values"], one["capacity"] = (
+            layer.keys_GCK.data_ptr(), layer.values_GCK.data_ptr(), layer.capacity)
+        if layer.lengths is not None and layer.positions_GC is not None:
+            one["lengths"], one["positions"] = layer.lengths.ctypes.data, layer.positions_GC.data_ptr()
+        if cache.tally is not None:
+            entries_GNC = cache.tally.staged_LGNC[i]
+            one["tally"], one["every"] = entries_GNC.data_ptr(), cache.tally.every
+            one["entries"], one["stride"] = entries_GNC.shape[1:]
+    return column

@@ -53,10 +53,19 @@ class PackedLinear(nn.Module, ABC):
         """(N, I) to (N, O) in the dtype of x."""
         return F.linear(x, self.unpack().to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
 
-    def native(self, library: native.Library) -> tuple[native.Linear, list[Tensor]] | None:
-        """Descriptor for the C++ step and the tensors it points into, packed weights first; None without such
-        a kernel."""
-        return None
+    def why_not_native(self) -> str | None:
+        """Why the C++ step cannot run this product, in words that follow its name; None where it can."""
+        return f"is stored as {self.format}, for which they have no product"
+
+    def native(self, library: native.Library) -> tuple[native.Linear, list[Tensor]]:
+        """Descriptor for the C++ step, whose `weight` the caller fills in, and the tensors it points into,
+        packed weights first. Called where `why_not_native` is None.
+        """
+        raise ValueError(f"no kernel for {self.format}")
+
+    def native_bytes(self) -> int:
+        """Size of the packed weights of `native`."""
+        return self.outputs * self.inputs
 
     @abstractmethod
     def shard(self, rank: int, world: int, dim: Literal["out", "in"]) -> Self:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
+
 import pytest
 import torch
 from torch import Tensor
 
-from axicon.model.group_int import SCALE_DTYPES, GroupIntLinear, pack, row_bytes, unpack
+from axicon.kernels import native
+from axicon.model.group_int import SCALE_DTYPES, GroupIntLinear, kernel_group, pack, row_bytes, unpack
 
 
 def codes(outputs: int, inputs: int, bits: int) -> Tensor:
@@ -100,7 +103,8 @@ def test_a_reader_gets_the_same_buffers_to_fill() -> None:
         layer = linear(zero=zero, order=order)
         layer.scale, layer.scale_dtype = layer.scale.to(SCALE_DTYPES[dtype]), dtype
         made = GroupIntLinear.empty(
-            10, 48, torch.float32, {name: getattr(layer, name) for name in layer.settings})
+            10, 48, torch.float32, {name: getattr(layer, name) for name in layer.settings}
+        )
         shapes = [{n: (b.shape, b.dtype) for n, b in m.named_buffers()} for m in (layer, made)]
         assert shapes[0] == shapes[1]
 
@@ -124,3 +128,80 @@ def test_an_order_that_is_none_is_refused() -> None:
     layer.order[3] = layer.order[4]
     with pytest.raises(ValueError, match="every input once"):
         layer.check()
+
+
+def through_kernels(packed: GroupIntLinear, x: Tensor) -> Tensor:
+    try:
+        library = native.library()
+    except native.Unavailable as reason:
+        pytest.skip(f"no CPU kernels here: {reason}")
+    descriptor, kept = packed.native(library)
+    assert kept[0].nbytes == packed.native_bytes()
+    descriptor.weight = kept[0].data_ptr()
+    y = torch.empty(len(x), packed.outputs)
+    library.axicon_linear(ctypes.addressof(descriptor), x.contiguous().data_ptr(), len(x), y.data_ptr(), 2)
+    return y
+
+
+def in_float64(packed: GroupIntLinear, x: Tensor) -> Tensor:
+    """The same product from its definition: activations as int8 codes of each row and group of columns."""
+    assert packed.bias is not None
+    size = kernel_group(packed.inputs, packed.group)
+    assert size is not None
+    if packed.order is not None:
+        x = x[:, packed.order.long()]
+    groups = x.view(len(x), -1, size)
+    top = groups.abs().amax(-1, keepdim=True)
+    rounded = (groups * (torch.full_like(top, 127.0) / top)).round() * (top.double() / 127.0)
+    return rounded.view(len(x), -1) @ packed.stored().double().T + packed.bias.double()
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 8])
+@pytest.mark.parametrize("group", [0, 32, 192])
+@pytest.mark.parametrize(
+    ("zero", "order", "dtype"),
+    [
+        (False, False, torch.float16),
+        (True, False, torch.bfloat16),
+        (False, True, torch.float32),
+        (True, True, torch.float16),
+    ],
+)
+def test_the_kernels_equal_the_definition(
+    bits: int, group: int, zero: bool, order: bool, dtype: torch.dtype
+) -> None:
+    made = torch.Generator().manual_seed(bits)
+    count = 576 // group if group else 1
+    packed = GroupIntLinear.from_codes(
+        codes(48, 576, bits), torch.rand(48, count, generator=made).to(dtype),
+        torch.randint(0, 2**bits, (48, count), generator=made) if zero else None,
+        torch.randn(48, generator=made), bits=bits, group=group,
+        order=torch.randperm(576, generator=made) if order else None,
+    )  # fmt: skip
+    x = torch.randn(11, 576, generator=made)
+    x[3, 7] = 50.0
+    got, want = through_kernels(packed, x), in_float64(packed, x)
+    assert (got - want).abs().max() < 2e-6 * want.abs().max()
+    # Beside the product of rounded codes with activations that are not rounded.
+    assert (got - packed(x)).norm() < 0.03 * got.norm()
+    for row in (0, 3, 10):
+        assert torch.equal(through_kernels(packed, x[row : row + 1])[0], got[row])
+
+
+def test_the_kernels_hand_on_what_is_not_a_number() -> None:
+    packed = GroupIntLinear.from_codes(
+        codes(16, 64, 4), torch.ones(16, 2).half(), None, torch.zeros(16), bits=4, group=32
+    )
+    x = torch.ones(3, 64)
+    x[1, 40], x[2] = torch.nan, 0.0
+    got = through_kernels(packed, x)
+    assert got[0].isfinite().all()
+    assert got[1].isnan().all()
+    assert torch.equal(got[2], torch.zeros(16))
+
+
+def test_groups_of_the_kernels() -> None:
+    sizes = {(576, 64): 64, (576, 0): 96, (576, 192): 96, (2048, 0): 128, (96, 24): None, (64, 8): None}
+    assert {of: kernel_group(*of) for of in sizes} == sizes
+    assert "groups of 24" in str(linear(group=24).why_not_native())
+    assert linear(group=16).why_not_native() is None

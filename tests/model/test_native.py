@@ -10,6 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from axicon.compress.group_int4 import GroupInt4
+from axicon.compress.walk import Compress
 from axicon.generate.attend import Span, StepAttention
 from axicon.kernels import native
 from axicon.model.cache import KVCache
@@ -24,8 +26,14 @@ CONFIGS = {
     "mistral window": LLAMA | {"model_type": "mistral", "sliding_window": 20},
     "qwen2": LLAMA | {"model_type": "qwen2"},
     "qwen3": LLAMA | {"model_type": "qwen3"},
-    "gpt_neox": SIZES | {"model_type": "gpt_neox", "intermediate_size": 160, "num_attention_heads": 3,
-                         "rotary_pct": 1.0, "use_parallel_residual": False},
+    "gpt_neox": SIZES
+    | {
+        "model_type": "gpt_neox",
+        "intermediate_size": 160,
+        "num_attention_heads": 3,
+        "rotary_pct": 1.0,
+        "use_parallel_residual": False,
+    },
     "opt": SIZES | {"model_type": "opt", "ffn_dim": 160, "num_attention_heads": 3, "word_embed_proj_dim": 96},
 }
 
@@ -66,8 +74,14 @@ def feed(
         offset += range(len(tokens))
         positions += range(cache.rows[row].committed, cache.rows[row].committed + len(tokens))
     logits = decoder.forward(
-        Rows(torch.cat(list(chunks.values())), torch.tensor(positions), request, offset,
-             [cache.rows[row] for row in rows], range(len(request)))
+        Rows(
+            torch.cat(list(chunks.values())),
+            torch.tensor(positions),
+            request,
+            offset,
+            [cache.rows[row] for row in rows],
+            range(len(request)),
+        )
     )
     if keep:
         for row, tokens in chunks.items():
@@ -175,6 +189,20 @@ def test_bf16_product_alone(rows: int) -> None:
     linear = native.Linear(native.BF16, 48, 64, 0.0, 0.0, packed.data_ptr(), None, None)
     library.axicon_linear(ctypes.addressof(linear), x.data_ptr(), rows, y.data_ptr(), 2)
     assert torch.allclose(y, x.bfloat16().float() @ weight.float().T, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["llama", "opt"])
+def test_codes_of_four_bits_in_every_block(name: str) -> None:
+    """Within what int8 activations cost of the same codes through torch, and in less than half the bytes."""
+    decoder = random_decoder(CONFIGS[name])
+    whole = NativeDecoder(copy.deepcopy(decoder)).weight_bytes
+    Compress(GroupInt4(group=32))(decoder)
+    tokens = torch.randint(0, 160, (30,), generator=torch.Generator().manual_seed(1))
+    want = decoder.logits(tokens[None])[0].float()
+    fast = NativeDecoder(decoder)
+    got = feed(fast, new_cache(fast), {0: tokens})[0]
+    assert (got - want).norm() < 0.02 * want.norm()
+    assert fast.weight_bytes < 0.5 * whole
 
 
 def test_refuses_with_the_reason() -> None:

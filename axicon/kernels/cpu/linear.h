@@ -1,42 +1,18 @@
-// Linear layers over any number of rows, y += x W^T, one file per way of storing W.
+// Linear layers over any number of rows, y += x W^T, one way of storing W per format (storage.h).
 //
 // Packed weights lie in blocks of 16 outputs: (N / 16, K / group, 16, group) with the `group` inputs that one
 // instruction multiplies side by side, so one 64-byte load feeds every row of the tile.
 //   int8  group 4, bytes w + 128 (vpdpbusd wants its first factor unsigned); LLM.int8 arithmetic with outliers per row
 //   bf16  group 2, vdpbf16ps with float accumulators
+//   codes of 4 and 8 bits with a scale per group of columns: group.h
 // Each output is summed over k in one fixed order, whatever the tile, the thread or the other rows of the batch:
 // a row's bits depend on that row alone.
 #pragma once
-#include <algorithm>
-#include <vector>
-
-#include "simd.h"
+#include "group.h"
 
 namespace axicon {
 
-constexpr int AHEAD = 4096;  // bytes: the distance at which memory answers in time
-
-enum Format : int32_t { BF16 = 0, INT8 = 1 };
-
-struct Linear {
-    int32_t format, outputs, inputs;
-    float threshold;        // LLM.int8: entries of at least this magnitude stay apart; 0: none do
-    float relative;         // the same, in units of the row's root mean square; 0: none do
-    const void* weight;     // packed as above
-    const float* scale;     // (N,) absmax of each output's weights; int8 only
-    const float* bias;      // (N,) or null
-};
-
-struct Outlier { int32_t k; float x; };
-
-// One encoded row of activations.
-struct Encoded {
-    float scale;
-    int32_t sum;
-    std::vector<Outlier> outliers;
-};
-
-inline size_t encoded_bytes(const Linear& l) { return size_t(l.inputs) * (l.format == INT8 ? 1 : 2); }
+inline size_t encoded_bytes(const Linear& l) { return size_t(l.inputs) * (l.format == BF16 ? 2 : 1); }
 
 inline float outlier_limit(const Linear& l, const float* x) {
     const float absolute = l.threshold > 0 ? l.threshold : INFINITY;
@@ -78,15 +54,9 @@ inline void encode_int8(const Linear& l, const float* x, int8_t* q, Encoded& e) 
 
 inline void encode(const Linear& l, const float* x, void* to, Encoded& e) {
     if (l.format == INT8) return encode_int8(l, x, static_cast<int8_t*>(to), e);
+    if (l.format != BF16) return encode_groups(l, x, static_cast<int8_t*>(to), e);
     bf16* q = static_cast<bf16*>(to);
     for (int k = 0; k < l.inputs; k += LANES) store_bf16(q + k, _mm512_loadu_ps(x + k));
-}
-
-// acc += four products of a byte of w (unsigned) and of x (signed) in each lane. Written as an instruction because GCC
-// copies the accumulator before and after the intrinsic, which costs a fifth of the speed.
-inline __m512i dot4(__m512i acc, __m512i w, __m512i x) {
-    asm("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(w), "v"(x));
-    return acc;
 }
 
 // M rows times B blocks of 16 outputs, starting at block `block`. `store(m, o, value)` takes the results.
@@ -169,10 +139,12 @@ inline void tile(const Linear& l, const char* q, const Encoded* rows, int row, i
         store(row + m, o, y);
     };
     const char* from = q + size_t(row) * encoded_bytes(l);
-    if (l.format == INT8)
-        tile_int8<M, B>(l, reinterpret_cast<const int8_t*>(from), rows + row, block, shifted);
-    else
-        tile_bf16<M, B>(l, reinterpret_cast<const bf16*>(from), block, shifted);
+    switch (l.format) {
+        case BF16: return tile_bf16<M, B>(l, reinterpret_cast<const bf16*>(from), block, shifted);
+        case INT8: return tile_int8<M, B>(l, reinterpret_cast<const int8_t*>(from), rows + row, block, shifted);
+        case GROUP4: return tile_groups<M, B, true>(l, reinterpret_cast<const int8_t*>(from), rows + row, block, shifted);
+        default: return tile_groups<M, B, false>(l, reinterpret_cast<const int8_t*>(from), rows + row, block, shifted);
+    }
 }
 
 // All rows times `count` blocks of 16 outputs.

@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "attention.h"
+#include "evict.h"
 #include "linear.h"
 #include "sampling.h"
 
@@ -49,10 +50,12 @@ struct Step {
     const int32_t* offset;        // (rows,) place of the row among the staged nodes of its request
     const int32_t* committed;     // (requests,) committed slots of every head, unless the extent says otherwise
     int32_t requests, reserved;
-    const Extent* extents;        // (blocks, requests)
+    const Extent* extents;        // (last - first, requests)
     const uint64_t* hidden;       // (rows, tree_words): staged nodes a row does not see; null for chains
     const int32_t* wanted_rows;   // (wanted,)
     float* logits;                // (wanted, V)
+    int32_t first, last;          // blocks to pass; extents begin with `first`
+    float* stream;                // (rows, D) residual stream between parts of a step, or null for a whole step
 };
 
 namespace {
@@ -151,6 +154,33 @@ int committed(const Step& s, int row, int group, const Extent& e) {
     return e.lengths ? e.lengths[group] : s.committed[s.request[row]];
 }
 
+// The first slot a row sees in a layer with a sliding window: slots are in the order of their positions.
+int first_seen(const Block& b, const Step& s, int row, int group, int first, const Extent& e) {
+    const int oldest = b.window > 0 ? std::max(0, int(s.positions[row]) + 1 - b.window) : 0, known = s.committed[s.request[row]];
+    if (!e.positions || oldest == 0) return oldest;
+    if (oldest >= known) return first + oldest - known;
+    const int32_t* positions = e.positions + size_t(group) * e.capacity;
+    return int(std::lower_bound(positions, positions + first, oldest) - positions);
+}
+
+// What the queries of a tile gave to each slot, added up over the heads of the group and over `every` rows.
+void tally_tile(const Step& s, const Tile& tile, int per, int group, const Extent& e, const std::vector<Query>& queries,
+                const std::vector<float>& shares) {
+    int live = 0;
+    for (const Query& q : queries) live = std::max(live, q.live);
+    const int stride = (live + LANES - 1) / LANES * LANES;
+    for (int r = 0; r < tile.count; ++r) {
+        const int offset = s.offset[tile.row + r];
+        float* entry = e.tally + (size_t(group) * e.entries + offset / e.every) * e.stride;
+        if (offset % e.every == 0) std::fill_n(entry, e.stride, 0.0f);
+        for (int h = 0; h < per; ++h) {
+            const int i = r * per + h;
+            const float* share = shares.data() + size_t(i) * stride;
+            for (int t = queries[i].from; t < queries[i].live; ++t) entry[t] += share[t];
+        }
+    }
+}
+
 void attend_tile(const Model& m, const Block& b, const Step& s, const Tile& tile, int group, const float* qkv,
                  const float* turns, const Extent& e, float* out) {
     thread_local std::vector<float> q, scores;
@@ -161,7 +191,7 @@ void attend_tile(const Model& m, const Block& b, const Step& s, const Tile& tile
     queries.clear();
     for (int r = tile.row; r < tile.row + tile.count; ++r) {
         const int live = first + s.offset[r] + 1;
-        const int from = b.window > 0 ? std::max(0, int(s.positions[r]) + 1 - b.window) : 0;
+        const int from = first_seen(b, s, r, group, first, e);
         for (int h = 0; h < per; ++h) {
             float* to = q.data() + queries.size() * K;
             memcpy(to, qkv + size_t(r) * width + (group * per + h) * K, K * sizeof(float));
@@ -177,11 +207,12 @@ void attend_tile(const Model& m, const Block& b, const Step& s, const Tile& tile
         queries.size() > 1 ? with(std::true_type{}) : with(std::false_type{});
     };
     switch (K) {
-        case 32: return run(std::integral_constant<int, 2>{});
-        case 64: return run(std::integral_constant<int, 4>{});
-        case 96: return run(std::integral_constant<int, 6>{});
-        default: return run(std::integral_constant<int, 8>{});
+        case 32: run(std::integral_constant<int, 2>{}); break;
+        case 64: run(std::integral_constant<int, 4>{}); break;
+        case 96: run(std::integral_constant<int, 6>{}); break;
+        default: run(std::integral_constant<int, 8>{});
     }
+    if (e.tally) tally_tile(s, tile, per, group, e, queries, scores);
 }
 
 void append(const Model& m, const Block& b, const Step& s, int row, const float* qkv, const float* turns, const Extent& e) {
@@ -193,7 +224,8 @@ void append(const Model& m, const Block& b, const Step& s, int row, const float*
         k.assign(key, key + K);
         if (b.key.weight) normalise(m, b.key, k.data(), K, k.data());
         rotate(k.data(), turns ? turns + size_t(row) * K : nullptr, K);
-        const size_t at = (size_t(g) * e.capacity + committed(s, row, g, e) + s.offset[row]) * K;
+        const size_t slot = size_t(g) * e.capacity + committed(s, row, g, e) + s.offset[row], at = slot * K;
+        if (e.positions) e.positions[slot] = s.committed[s.request[row]] + s.offset[row];
         for (int i = 0; i < K; i += LANES) {
             store_bf16(e.keys + at + i, _mm512_loadu_ps(k.data() + i));
             store_bf16(e.values + at + i, _mm512_loadu_ps(value + i));
@@ -213,10 +245,10 @@ struct Buffers {
 void run(const Model& m, const Step& s, Buffers& buf) {
     const int R = s.rows, D = m.width, QKV = (m.heads + 2 * m.kv_heads) * m.head_width, A = m.heads * m.head_width;
     const int U = m.activation == SILU_GATED ? 2 * m.hidden : m.hidden;
-    buf.x.resize(size_t(R) * D); buf.qkv.resize(size_t(R) * QKV); buf.attention.resize(size_t(R) * A);
+    buf.x.resize(s.stream ? 0 : size_t(R) * D); buf.qkv.resize(size_t(R) * QKV); buf.attention.resize(size_t(R) * A);
     buf.up.resize(size_t(R) * U); buf.rows.resize(R);
     buf.encoded.resize(size_t(R) * 2 * std::max({D, A, m.hidden}));
-    float *x = buf.x.data(), *qkv = buf.qkv.data(), *attention = buf.attention.data(), *up = buf.up.data();
+    float *x = s.stream ? s.stream : buf.x.data(), *qkv = buf.qkv.data(), *attention = buf.attention.data(), *up = buf.up.data();
     buf.turns.resize(m.frequencies ? size_t(R) * m.head_width : 0);
     float* turns = m.frequencies ? buf.turns.data() : nullptr;
     char* encoded = buf.encoded.data();
@@ -253,15 +285,15 @@ void run(const Model& m, const Step& s, Buffers& buf) {
                 turns[size_t(r) * m.head_width + i] = std::cos(angle);
                 turns[size_t(r) * m.head_width + half + i] = std::sin(angle);
             }
-            for (int i = 0; i < D; i += LANES) {
+            for (int i = 0; s.first == 0 && i < D; i += LANES) {
                 __m512 v = load_bf16(m.embedding + s.tokens[r] * D + i);
                 if (m.positions) v = _mm512_add_ps(v, load_bf16(m.positions + (s.positions[r] + m.position_offset) * D + i));
                 _mm512_storeu_ps(x + size_t(r) * D + i, v);
             }
         });
-        for (int layer = 0; layer < m.blocks; ++layer) {
+        for (int layer = s.first; layer < s.last; ++layer) {
             const Block& b = m.block[layer];
-            const Extent* extents = s.extents + size_t(layer) * s.requests;
+            const Extent* extents = s.extents + size_t(layer - s.first) * s.requests;
             team.share(stage, R, [&](int r) {
                 normalise(m, b.before_attention, x + size_t(r) * D, D, h);
                 put(b.qkv, r, h);
@@ -305,6 +337,20 @@ void axicon_pack_int8(const int8_t* w, int N, int K, uint8_t* packed) {
             packed[(size_t(o / 16) * K + (k & ~3)) * 16 + (o % 16) * 4 + (k & 3)] = uint8_t(int(w[size_t(o) * K + k]) + 128);
 }
 
+// Codes (N, K) one per byte -> the codes of group.h.
+void axicon_pack_groups(const uint8_t* codes, int N, int K, int nibbles, uint8_t* packed) {
+    const int step = nibbles ? 8 : 4;
+#pragma omp parallel for
+    for (int o = 0; o < N; ++o) {
+        const uint8_t* row = codes + size_t(o) * K;
+        for (int k = 0; k < K; k += step)
+            for (int i = 0; i < 4; ++i) {
+                const uint8_t high = nibbles ? uint8_t(row[k + 4 + i] << 4) : uint8_t(0);
+                packed[(size_t(o / 16) * (K / step) + k / step) * 64 + (o % 16) * 4 + i] = uint8_t(row[k + i] | high);
+            }
+    }
+}
+
 void axicon_pack_bf16(const uint16_t* w, int N, int K, uint16_t* packed) {
 #pragma omp parallel for
     for (int o = 0; o < N; ++o)
@@ -318,6 +364,12 @@ void axicon_buffers_delete(void* b) { delete static_cast<axicon::Buffers*>(b); }
 // Seconds spent so far in products, attention and the rest.
 void axicon_seconds(void* b, double* three) {
     std::copy_n(static_cast<axicon::Buffers*>(b)->seconds, 3, three);
+}
+
+// Cuts layers with `groups` heads of K channels to their budgets.
+void axicon_evict(const axicon::Evicted* layers, int count, int groups, int K, int threads) {
+#pragma omp parallel for schedule(dynamic) num_threads(threads)
+    for (int i = 0; i < count * groups; ++i) axicon::evict(layers[i / groups], i % groups, K);
 }
 
 void axicon_step(const axicon::Model* m, const axicon::Step* s, void* b) { axicon::run(*m, *s, *static_cast<axicon::Buffers*>(b)); }
