@@ -1,8 +1,8 @@
 """The KV cache: contiguous extents per request row and layer, in size classes, with exact byte accounting.
 
 A *slot* is storage, a *position* is time. While nothing was evicted, slot i of every head holds position i
-and neither is stored: `positions` and `lengths` are None. `retain` makes both real, per KV head, and from
-then on only they tell where a key came from.
+and neither is stored: `positions` and `lengths` are None. `ragged` makes both real, per KV head, and from then
+on only they tell where a key came from. Slots of a head stay in the order of their positions.
 
 The nodes of a step are *staged* in the slots behind the committed ones. They become permanent when `commit`
 names them; what it does not name is overwritten by the next step. So nothing is ever rolled back after an
@@ -13,8 +13,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
+
+from axicon.model.tally import Tally
 
 SMALLEST = 64
 IDLE_PER_CLASS = 64
@@ -82,10 +86,10 @@ class LayerCache:
     __slots__ = ("extent", "keys_GCK", "lengths", "positions_GC", "values_GCK")
 
     def __init__(self, extent: Tensor) -> None:
-        self.lengths: list[int] | None = None
-        """Committed slots of each KV head; None while every head holds every committed position."""
+        self.lengths: NDArray[np.int32] | None = None
+        """(G,) committed slots of each KV head; None while every head holds every committed position."""
         self.positions_GC: Tensor | None = None
-        """int32. Position held by each committed slot; None while slot i holds position i."""
+        """int32. Position held by each slot; None while slot i holds position i."""
         self.place(extent)
 
     def place(self, extent: Tensor) -> None:
@@ -98,7 +102,13 @@ class LayerCache:
 
     def used(self, committed: int) -> int:
         """Committed slots of the fullest head."""
-        return committed if self.lengths is None else max(self.lengths)
+        return committed if self.lengths is None else int(self.lengths.max())
+
+    def positions(self, slots: int) -> Tensor:
+        """int32 (G, S): positions of the first `slots` slots."""
+        if self.positions_GC is None:
+            return torch.arange(slots, dtype=torch.int32).expand(self.extent.shape[1], slots)
+        return self.positions_GC[:, :slots]
 
     def stage(self, k_TGK: Tensor, v_TGK: Tensor, committed: int) -> None:
         """Write the nodes of a step behind the committed slots of every head."""
@@ -107,33 +117,32 @@ class LayerCache:
             self.keys_GCK.narrow(1, committed, tokens).copy_(k_TGK.transpose(0, 1))
             self.values_GCK.narrow(1, committed, tokens).copy_(v_TGK.transpose(0, 1))
             return
+        assert self.positions_GC is not None
         heads, slots = self._staged_slots(torch.arange(tokens))
         self.keys_GCK[heads, slots] = k_TGK.transpose(0, 1)
         self.values_GCK[heads, slots] = v_TGK.transpose(0, 1)
+        self.positions_GC[heads, slots] = torch.arange(committed, committed + tokens, dtype=torch.int32)
 
     def commit(self, path: Sequence[int], committed: int) -> None:
         """Keep the staged nodes `path` (ascending offsets), moved together behind the `committed` ones."""
-        if list(path) != list(range(len(path))):
-            heads, old = self._staged_slots(torch.tensor(path), committed)
-            _, new = self._staged_slots(torch.arange(len(path)), committed)
-            self.extent[:, heads, new] = self.extent[:, heads, old]
-        if self.lengths is None:
-            return
-        assert self.positions_GC is not None
-        heads, slots = self._staged_slots(torch.arange(len(path)))
-        self.positions_GC[heads, slots] = torch.arange(committed, committed + len(path), dtype=torch.int32)
-        self.lengths = [n + len(path) for n in self.lengths]
+        heads, old = self._staged_slots(torch.tensor(path), committed)
+        _, new = self._staged_slots(torch.arange(len(path)), committed)
+        self.extent[:, heads, new] = self.extent[:, heads, old]
+        if self.positions_GC is not None:
+            after = torch.arange(committed, committed + len(path), dtype=torch.int32)
+            self.positions_GC[heads, new] = after
 
     def _staged_slots(self, offsets_T: Tensor, committed: int = 0) -> tuple[Tensor, Tensor]:
         """Index pair (G, 1), (G, T) of staged nodes in a (G, C, ...) buffer."""
-        lengths = [committed] * self.extent.shape[1] if self.lengths is None else self.lengths
-        return torch.arange(len(lengths))[:, None], torch.tensor(lengths)[:, None] + offsets_T
+        heads = self.extent.shape[1]
+        lengths_G = np.full(heads, committed) if self.lengths is None else self.lengths
+        return torch.arange(heads)[:, None], torch.from_numpy(lengths_G).long()[:, None] + offsets_T
 
 
 class RowCache:
     """What one request holds in all layers of this runner."""
 
-    __slots__ = ("committed", "layers", "reserved", "room", "whole")
+    __slots__ = ("committed", "layers", "lengths_LG", "reserved", "room", "tally", "version")
 
     def __init__(self, layers: list[LayerCache], reserved: int) -> None:
         self.layers = layers
@@ -141,10 +150,36 @@ class RowCache:
         """Slots per head this row may ever hold, staged nodes included."""
         self.committed = 0
         """Tokens committed: the position of the next root node."""
-        self.room = min((layer.capacity for layer in layers), default=reserved)
-        """Slots free behind the fullest head of any layer."""
-        self.whole = True
-        """Nothing was evicted from it."""
+        self.lengths_LG: NDArray[np.int32] | None = None
+        """Committed slots of each head of each layer; None while nothing may have been evicted."""
+        self.tally: Tally | None = None
+        """Attention that the slots have received, where a policy wants to know."""
+        self.version = 0
+        """Grows whenever something of this row lies elsewhere than before."""
+        self.measure()
+
+    @property
+    def whole(self) -> bool:
+        """Every head holds every committed position."""
+        return self.lengths_LG is None
+
+    def measure(self) -> None:
+        """Find out how many slots are `room`: free behind the fullest head of any layer."""
+        free = (layer.capacity - layer.used(self.committed) for layer in self.layers)
+        self.room = min(free, default=self.reserved)
+        self.version += 1
+
+    def ragged(self) -> None:
+        """Give every head slots and positions of its own."""
+        if self.lengths_LG is not None:
+            return
+        groups = max(layer.extent.shape[1] for layer in self.layers)
+        self.lengths_LG = np.full((len(self.layers), groups), self.committed, dtype=np.int32)
+        for layer, lengths in zip(self.layers, self.lengths_LG, strict=True):
+            heads = layer.extent.shape[1]
+            layer.lengths = lengths[:heads]
+            layer.positions_GC = torch.arange(layer.capacity, dtype=torch.int32).repeat(heads, 1)
+        self.version += 1
 
 
 class KVCache:
@@ -159,7 +194,8 @@ class KVCache:
     @property
     def slots(self) -> int:
         """Slots per head that can be reserved. A row grows one layer at a time, with the old and the new
-        extent of that layer alive together, so one layer's share of the budget is set aside.
+        extent of that layer alive together, so one layer's share of the budget is set aside. It also holds the
+        one layer in which a layered prompt has all its keys.
         """
         layers = len(self.shapes)
         return self.pool.budget * layers // (max(1, self.bytes_per_slot) * (layers + 1))
@@ -189,6 +225,8 @@ class KVCache:
     def make_room(self, row: int, tokens: int) -> None:
         """Make sure `tokens` nodes can be staged in every layer of `row`."""
         cache = self.rows[row]
+        if cache.tally is not None and cache.tally.make_room(tokens):
+            cache.version += 1
         if cache.room >= tokens:
             return
         for layer in cache.layers:
@@ -197,42 +235,62 @@ class KVCache:
                 raise ValueError(f"row {row} reserved {cache.reserved} slots and now needs {used + tokens}")
             if used + tokens > layer.capacity:
                 self._move(layer, size_class(used + tokens), used)
-        cache.room = min(layer.capacity - layer.used(cache.committed) for layer in cache.layers)
+        cache.measure()
 
     def commit(self, row: int, path: Sequence[int]) -> None:
         """Keep the staged nodes at these ascending offsets of the row's last step, drop the others."""
         cache = self.rows[row]
-        if path[-1] + 1 != len(path) or not cache.whole:
+        if path[-1] + 1 != len(path):
             for layer in cache.layers:
                 layer.commit(path, cache.committed)
+        if cache.lengths_LG is not None:
+            if cache.tally is not None:
+                cache.tally.commit(path, cache.lengths_LG)
+            cache.lengths_LG += len(path)
         cache.committed += len(path)
         cache.room -= len(path)
 
-    def retain(self, row: int, layer: int, keep_GS: Tensor) -> None:
+    def retain(self, row: int, layer: int, keep_GS: Tensor, spare: int = 0) -> None:
         """Cut one layer to the slots where `keep_GS` (bool, S the fullest head) holds, in their order.
 
-        Heads may keep different numbers of slots. Bytes of a smaller size class go back.
+        Heads may keep different numbers of slots. Bytes of a smaller size class go back, but for `spare` slots
+        more than are kept.
         """
         cache = self.rows[row]
-        cache.whole = False
+        cache.ragged()
         store = cache.layers[layer]
-        slots = store.used(cache.committed)
-        positions = store.positions_GC
-        if positions is None:
-            positions = torch.arange(slots, dtype=torch.int32).expand(keep_GS.shape[0], slots)
-        lengths = store.lengths or [slots] * keep_GS.shape[0]
-        kept = [keep_GS[g, :n].nonzero().flatten() for g, n in enumerate(lengths)]
-        old = store.extent
-        store.lengths = [len(index) for index in kept]
-        longest = max(store.lengths)
-        capacity = min(size_class(longest), store.capacity)
-        store.place(self.pool.take(old.shape[1], capacity, old.shape[3]))
-        store.positions_GC = torch.zeros(old.shape[1], capacity, dtype=torch.int32)
-        for g, index in enumerate(kept):
-            store.extent[:, g, : len(index)] = old[:, g, index]
-            store.positions_GC[g, : len(index)] = positions[g, index]
-        self.pool.give(old)
-        cache.room = min(one.capacity - one.used(cache.committed) for one in cache.layers)
+        lengths, positions_GC = store.lengths, store.positions_GC
+        assert lengths is not None
+        assert positions_GC is not None
+        for g, length in enumerate(lengths.tolist()):
+            kept = keep_GS[g, :length].nonzero().flatten()
+            store.extent[:, g, : len(kept)] = store.extent[:, g, kept]
+            positions_GC[g, : len(kept)] = positions_GC[g, kept]
+            if cache.tally is not None:
+                cache.tally.retain(layer, g, kept)
+            lengths[g] = len(kept)
+        self.fit(row, [layer], spare)
+
+    def fit(self, row: int, layers: Sequence[int], spare: int) -> None:
+        """Give bytes back that these layers need neither now nor for `spare` slots more."""
+        cache = self.rows[row]
+        for index in layers:
+            layer = cache.layers[index]
+            used = layer.used(cache.committed)
+            capacity = size_class(used + spare)
+            if capacity < layer.capacity:
+                self._move(layer, capacity, used)
+        cache.measure()
+
+    def exchange(self, row: int, layer: int, slots: int) -> Tensor:
+        """Put an extent for `slots` slots in the place of an empty layer's."""
+        store = self.rows[row].layers[layer]
+        groups, width = self.shapes[layer]
+        self.pool.give(store.extent)
+        store.place(self.pool.take(groups, size_class(slots), width))
+        if store.positions_GC is not None:
+            store.positions_GC = torch.arange(store.capacity, dtype=torch.int32).repeat(groups, 1)
+        return store.extent
 
     def _move(self, layer: LayerCache, capacity: int, used: int) -> None:
         old = layer.extent

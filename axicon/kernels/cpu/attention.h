@@ -15,7 +15,9 @@ namespace axicon {
 struct Extent {
     bf16 *keys, *values;
     const int32_t* lengths;  // (G,) committed slots per head, or null while all heads hold every position
-    int32_t capacity;
+    int32_t* positions;      // (G, capacity), ascending, with lengths; or null
+    float* tally;            // (G, entries, stride) attention each slot receives, `every` nodes an entry; or null
+    int32_t capacity, entries, stride, every;
 };
 
 // Rotary embedding by halves: table holds K/2 cosines, then K/2 sines; null: none.
