@@ -60,27 +60,36 @@ struct Step {
 
 namespace {
 
-// Stages of work shared by the threads of a step. Pieces are claimed from a counter, and a stage is over when all
-// its pieces are done, not when all threads have come: a thread that lost its core holds the others up only if it
+// Stages of work shared by the threads of a step. Each thread has its own run of neighbouring pieces, so that it reads
+// memory in one stream; one that is done helps the others. Pieces are claimed from counters, and a stage is over when
+// all its pieces are done, not when all threads have come: a thread that lost its core holds the others up only if it
 // lost it in the middle of a piece. It finds the stages it missed finished and walks through them.
 enum Kind { PRODUCTS = 0, ATTENTION = 1, REST = 2 };
 
 class Team {
 public:
-    Team(int stages, double* seconds) : stages_(new Stage[stages]), seconds_(seconds), since_(now()) {}
+    Team(int stages, int threads, double* seconds)
+        : threads_(threads), runs_(new Counter[size_t(stages) * threads]), done_(new Counter[stages]), seconds_(seconds),
+          since_(now()) {}
 
     // Runs f(piece) for every piece, each on some thread; a thread leaves when all are done.
     template <class F>
     void share(int& stage, int pieces, F&& f, Kind kind = REST) {
-        Stage& s = stages_[stage++];
-        for (int i; (i = s.next.fetch_add(1, std::memory_order_relaxed)) < pieces;) {
-            f(i);
-            s.done.fetch_add(1, std::memory_order_release);
+        Counter* runs = runs_.get() + size_t(stage) * threads_;
+        std::atomic<int>& done = done_[stage++].value;
+        const int self = omp_get_thread_num();
+        for (int turn = 0; turn < threads_; ++turn) {
+            const int other = (self + turn) % threads_;
+            const int end = first_of(other + 1, pieces);
+            for (int i; (i = first_of(other, pieces) + runs[other].value.fetch_add(1, std::memory_order_relaxed)) < end;) {
+                f(i);
+                done.fetch_add(1, std::memory_order_release);
+            }
         }
-        for (int spins = 0; s.done.load(std::memory_order_acquire) < pieces;)
+        for (int spins = 0; done.load(std::memory_order_acquire) < pieces;)
             if (++spins < SPINS) _mm_pause();
             else std::this_thread::yield();
-        if (omp_get_thread_num() == 0) {
+        if (self == 0) {
             const double end = now();
             seconds_[kind] += end - since_;
             since_ = end;
@@ -92,10 +101,12 @@ private:
         return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
     }
     static constexpr int SPINS = 4000;  // some tens of microseconds, longer than any piece
-    struct alignas(64) Stage {
-        std::atomic<int> next{0}, done{0};
+    struct alignas(64) Counter {
+        std::atomic<int> value{0};
     };
-    std::unique_ptr<Stage[]> stages_;
+    int first_of(int thread, int pieces) const { return (thread * pieces + threads_ - 1) / threads_; }
+    int threads_;
+    std::unique_ptr<Counter[]> runs_, done_;  // pieces claimed of each thread's run; pieces done
     double* seconds_;
     double since_;
 };
@@ -254,7 +265,7 @@ void run(const Model& m, const Step& s, Buffers& buf) {
     char* encoded = buf.encoded.data();
     Encoded* rows = buf.rows.data();
     const std::vector<Tile> parts = tiles(s);
-    Team team(m.blocks * 10 + 3, buf.seconds);
+    Team team(m.blocks * 10 + 3, s.threads, buf.seconds);
 
 #pragma omp parallel num_threads(s.threads)
     {
