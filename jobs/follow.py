@@ -14,7 +14,9 @@ from axicon.errors import RunFailed
 
 QUICK_S = 0.25
 SLOW_S = 1.0
-"""Between two questions: quick at first, slow for a job that runs for minutes."""
+"""Between two questions: quick at first, then slow, for each takes some milliseconds from a server."""
+FIRST_S = 5.0
+"""How long is at first."""
 WAITING_S = 10.0
 """How long a job may wait for its node without a word."""
 ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
@@ -55,7 +57,7 @@ def follow(
         if status == "PENDING" and now - told > WAITING_S:
             say(f"{name} waits: {' '.join((info.message or 'for a node').split())}")
             told = now
-        sleep(QUICK_S if now - begun < 60 else SLOW_S)
+        sleep(QUICK_S if now - begun < FIRST_S else SLOW_S)
     return outcome(name, status, info, log)
 
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,6 +71,22 @@ def look(folder: Path, limit: int = LIMIT_BYTES) -> Parcel:
         )
     uri = packaging.get_uri_for_directory(str(folder), obey_gitignore, excludes)
     return Parcel(folder, parcel.files, uri.rpartition("_")[2].removesuffix(".zip"))
+
+
+@contextlib.contextmanager
+def standing_still(parcel: Parcel) -> Iterator[Parcel]:
+    """A copy of what would be sent, for the time of the block.
+
+    Ray reads a folder twice, for the name of its archive and for the archive: a file that is written to in
+    between, such as a log, and the cluster looks for an archive that is not there.
+    """
+    with tempfile.TemporaryDirectory(prefix="axicon-") as folder:
+        for _, path in parcel.files:
+            target = Path(folder) / path
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with contextlib.suppress(FileNotFoundError):  # it has just gone
+                shutil.copy(parcel.folder / path, target)
+        yield look(Path(folder))
 
 
 @contextlib.contextmanager

@@ -1,7 +1,8 @@
 """What is to be submitted, made out and checked on this machine before anything is sent.
 
 A verb checks its own words: `--show` prints the resolved recipe and does nothing. What it names on this
-machine's disk is made absolute when the cluster runs here too, and warned about when it does not.
+machine's disk must be there and is made absolute when the cluster runs here too, and is warned about when
+it does not.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import io
 import json
 import re
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
@@ -20,7 +21,9 @@ from typing import Any, get_args
 import click
 import yaml
 
+from axicon.data.text import is_file
 from axicon.errors import AxiconError
+from axicon.model.hub import what_is
 from axicon.recipe import Recipe
 
 NOT_JOBS = {
@@ -29,7 +32,9 @@ NOT_JOBS = {
     **dict.fromkeys(("up", "down", "deploy", "status", "render", "cache"), "it is for this machine"),
 }
 MAY_BE_PATHS = ("model", "text")
-"""Settings that take a path beside other things."""
+"""Settings that take a path beside other things, by the last part of their key."""
+OUTPUTS = ("out", "plot")
+"""Settings that name what the job makes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,19 +77,22 @@ def make(group: click.Group, verb: str, words: Sequence[str], *, here: bool, sen
     recipe = _resolved(command, verb, words)
     kind: type[Recipe] | None = getattr(command, "recipe", None)
     if kind is None or not recipe:
+        if here:
+            _check_places(words)
         paths = [word for word in words if "=" not in word and Path(word).exists()] if here else []
         places = tuple(_absolute(word) if word in paths else word for word in words)
         return Plan(verb=verb, words=places, recipe={}, inputs=tuple(Path(_absolute(path)) for path in paths))
     named = dict(_paths(kind, recipe))
     if not here:
         return Plan(verb=verb, words=tuple(words), recipe=recipe, warnings=_warnings(named, recipe, sent))
+    _check_inputs(kind, recipe)
     changed = {key: ",".join(str(path.absolute()) for path in paths) for key, paths in named.items()}
     if "out" in recipe and recipe["out"] is None:
         # A job's own folder goes with the job.
         changed["out"] = str(Path("artifacts", verb).absolute())
     kept = [word for word in words if word.partition("=")[0] not in changed]
     final = [*kept, *(f"{key}={value}" for key, value in changed.items())]
-    inputs = tuple(path.absolute() for key, paths in named.items() if key != "out" for path in paths)
+    inputs = tuple(path.absolute() for key, paths in named.items() if key not in OUTPUTS for path in paths)
     return Plan(verb=verb, words=tuple(final), recipe=_resolved(command, verb, final), inputs=inputs)
 
 
@@ -103,16 +111,55 @@ def _resolved(command: click.Command, verb: str, words: Sequence[str]) -> dict[s
 def _paths(kind: type[Recipe], recipe: Mapping[str, Any]) -> list[tuple[str, list[Path]]]:
     """(setting, its paths) of all settings that name one."""
     found = []
-    for key, about in kind.model_fields.items():
-        value = recipe.get(key)
+    for key, annotation, value in _settings(kind, recipe):
+        values = [value] if isinstance(value, str) else list(value) if isinstance(value, list) else []
         if not value:
             continue
-        values = [value] if isinstance(value, str) else list(value) if isinstance(value, list) else []
-        if _takes_path(about.annotation):
+        if _takes_path(annotation):
             found.append((key, [Path(one).expanduser() for one in values]))
-        elif key in MAY_BE_PATHS and value != "demo" and Path(value).expanduser().exists():
+        elif _last(key) in MAY_BE_PATHS and value != "demo" and Path(value).expanduser().exists():
             found.append((key, [Path(value).expanduser()]))
     return found
+
+
+def _settings(
+    kind: type[Recipe], recipe: Mapping[str, Any], prefix: str = ""
+) -> Iterator[tuple[str, Any, Any]]:
+    """(dotted key, type, value) of every setting."""
+    for name, about in kind.model_fields.items():
+        inner, value = about.annotation, recipe.get(name)
+        if isinstance(inner, type) and issubclass(inner, Recipe) and isinstance(value, Mapping):
+            yield from _settings(inner, value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, inner, value
+
+
+def _last(key: str) -> str:
+    return key.rpartition(".")[2]
+
+
+def _check_inputs(kind: type[Recipe], recipe: Mapping[str, Any]) -> None:
+    """Raises AxiconError for an input that is not there or is none of its kind. What only the hub can tell
+    is left to the job."""
+    for key, annotation, value in _settings(kind, recipe):
+        if not value or key in OUTPUTS:
+            continue
+        if _takes_path(annotation):
+            for place in [value] if isinstance(value, str) else value:
+                if not Path(place).expanduser().exists():
+                    raise AxiconError(f"{key}={place}: no such file or directory")
+        elif _last(key) == "text":
+            is_file(value)
+        elif _last(key) == "model":
+            what_is(value)
+
+
+def _check_places(words: Iterable[str]) -> None:
+    """Raises AxiconError for a word that can only be a path, where nothing is."""
+    for word in words:
+        only_path = "=" not in word and word.startswith(("/", "./", "../", "~"))
+        if only_path and not Path(word).expanduser().exists():
+            raise AxiconError(f"{word}: no such file or directory")
 
 
 def _takes_path(annotation: Any) -> bool:

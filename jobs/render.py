@@ -30,6 +30,11 @@ HEAD_CPUS = 2
 """What the head's own processes and its proxy get when its type says CPU 0, for replicas and jobs."""
 RETRIES = 2
 """Of a job. Every verb takes up what lies in its folder, so another try goes on."""
+LONGEST_NAME = 47
+"""Characters: of the 53 that KubeRay takes for a cluster it needs 6 for the ones it makes."""
+NAME = re.compile(r"[a-z]([a-z0-9-]*[a-z0-9])?")
+LABEL = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?")
+"""A value of a label, and what follows the `/` of its key."""
 PORTS = {"gcs": 6379, "dashboard": 8265, "client": 10001}
 
 
@@ -51,7 +56,10 @@ class OnpremRecipe(Recipe):
 
 
 def kuberay(file: ClusterFile, recipe: KuberayRecipe) -> str:
-    """A RayService, and a RayJob for every job, as one file of several documents."""
+    """A RayService, and a RayJob for every job, as one file of several documents.
+
+    Raises AxiconError for names that Kubernetes does not take, which its operator would say after the fact.
+    """
     documents = [_service(file, recipe.image), *(_job(file, recipe.image, name) for name in file.jobs)]
     keys = key_variables(file)
     lines = [f"# From {file.path.name} by `axicon render kuberay`. Needs KubeRay 1.5.1 or newer."]
@@ -81,7 +89,7 @@ def _service(file: ClusterFile, image: str) -> dict[str, Any]:
     return {
         "apiVersion": API,
         "kind": "RayService",
-        "metadata": {"name": file.name},
+        "metadata": {"name": _named(file.name, "cluster_name")},
         "spec": {"serveConfigV2": serve, "rayClusterConfig": _cluster(file, image)},
     }
 
@@ -109,9 +117,20 @@ def _job(file: ClusterFile, image: str, name: str) -> dict[str, Any]:
     return {
         "apiVersion": API,
         "kind": "RayJob",
-        "metadata": {"name": f"{file.name}-{name}".replace("_", "-").lower()},
+        "metadata": {
+            "name": _named(f"{file.name}-{name}".replace("_", "-").lower(), f"metadata.jobs.{name}")
+        },
         "spec": spec | {"rayClusterSpec": _cluster(file, image)},
     }
+
+
+def _named(name: str, where: str) -> str:
+    if len(name) > LONGEST_NAME or not NAME.fullmatch(name):
+        raise AxiconError(
+            f"{where}: {name!r} is no name for KubeRay, which takes a small letter and then small letters, "
+            f"digits and dashes, {LONGEST_NAME} at most"
+        )
+    return name
 
 
 def _cluster(file: ClusterFile, image: str) -> dict[str, Any]:
@@ -138,7 +157,13 @@ def _group(file: ClusterFile, node: NodeType, image: str) -> dict[str, Any]:
 
 
 def _labels(node: NodeType) -> dict[str, Any]:
-    """KubeRay ignores labels among `rayStartParams`; the group's own are also those of its pods."""
+    """KubeRay refuses labels among `rayStartParams`; the group's own are also those of its pods."""
+    for key, value in node.labels.items():
+        if not LABEL.fullmatch(key.rpartition("/")[2]) or (value and not LABEL.fullmatch(value)):
+            raise AxiconError(
+                f"available_node_types.{node.name}.labels: {key}: {value!r} is no label for Kubernetes, "
+                "which takes 63 letters, digits, dashes, dots and underscores, a letter or digit at both ends"
+            )
     return {"labels": dict(node.labels)} if node.labels else {}
 
 

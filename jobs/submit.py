@@ -72,13 +72,16 @@ def run(
     secrets = passed_on(how.env_keys)
     with parcel.working_folder(how.working_dir) as folder:
         # Before a cluster is looked for: what is wrong with the words is wrong on every cluster.
-        plan.make(group, verb, words, here=True, sent=folder)
+        plan.make(group, verb, words, here=False, sent=folder)
         found = dashboard.find(how.cluster, how.address)
         here = on_this_machine(found)
         # A server here makes room before the job's processes start, which is when they take most.
-        with present("job") if here else nullcontext(), client(found) as jobs:
+        with (
+            present("job") if here else nullcontext(),
+            client(found) as jobs,
+            parcel.standing_still(parcel.look(folder)) as package,
+        ):
             todo = plan.make(group, verb, words, here=here, sent=folder)
-            package = parcel.look(folder)
             name, known = attempt(jobs, how.id or todo.name(package.digest), again=how.again)
             if known == "SUCCEEDED":
                 say(f"{name} has succeeded already; --again runs it once more")
@@ -88,7 +91,7 @@ def run(
                     say(f"note: {warning}")
                 say(f"submitting {name}: {todo.entrypoint.removeprefix('exec ')}")
                 say(f"  to {found.url}, with {len(package.files)} files of {folder} ({size(package.bytes)})")
-                send(jobs, how, todo, folder, name, environment(todo, here) | secrets)
+                send(jobs, how, todo, package.folder, name, environment(todo, here) | secrets)
             else:
                 say(f"{name} runs already; this is its log")
             if how.detach:

@@ -12,6 +12,7 @@ import json
 import os
 import platform
 import sys
+from pathlib import Path
 from typing import Any, TypeVar
 
 from axicon.model.presence import living, present
@@ -24,6 +25,8 @@ atexit.register(_signs.close)
 
 JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """Where Ray tells the entrypoint of a job what it was submitted as."""
+SESSION = Path("/proc/self/autogroup")
+"""The weight of this process's session against others."""
 WHOLE_LINES = {
     "TQDM_DISABLE": "1",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
@@ -89,11 +92,14 @@ def step_back() -> None:
 
     Priority alone does not do that: a thread that wakes up waits for the end of a slice. Threads started
     from here on are like this one. Ray runs its workers, a server's replica too, at 15 unless it is told
-    otherwise, and a job at 0.
+    otherwise, and a job at 0. Where Linux shares the cores between sessions first, a job has one of its own,
+    since Ray starts it so, and what its threads are does not count outside of it: its session steps back too.
     """
     os.nice(19)
     if hasattr(os, "SCHED_IDLE"):
         os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+    with contextlib.suppress(OSError):  # no Linux, or one that does not group by session
+        SESSION.write_text("19")
 
 
 def succeeded(verb: str, seconds: float) -> None:

@@ -24,17 +24,30 @@ def read_rows(source: str | Path, *, column: str = "text") -> list[str]:
     other name is taken for a hub data set, `name[:configuration[:split]]` with split `test` if none is given,
     for example `Salesforce/wikitext:wikitext-2-raw-v1:test`.
     """
-    path = Path(source).expanduser()
-    name = path.name
-    if path.is_file() or name.endswith(TEXT_SUFFIXES):
-        rows = _file_rows(path, column)
-    elif path.exists():
-        raise AxiconError(f"{path} is not a file: name one of its files ({', '.join(TEXT_SUFFIXES)})")
+    if is_file(source):
+        rows = _file_rows(Path(source).expanduser(), column)
     else:
         rows = _hub_rows(str(source), column)
     if not any(row.strip() for row in rows):
         raise AxiconError(f"{source}: holds no text")
     return rows
+
+
+def is_file(source: str | Path) -> bool:
+    """Whether a source is a file, by its name, and not a data set of the hub. Nothing is read.
+
+    Raises AxiconError for a file that is not there, or is none that text is read from.
+    """
+    path = Path(source).expanduser()
+    if path.exists() and not path.is_file():
+        raise AxiconError(f"{path} is not a file: name one of its files ({', '.join(TEXT_SUFFIXES)})")
+    if not path.exists():
+        if path.name.endswith(TEXT_SUFFIXES) or str(source).startswith(("/", "./", "../", "~")):
+            raise AxiconError(f"no such file: {path}")
+        return False
+    if not path.name.endswith(TEXT_SUFFIXES):
+        raise AxiconError(f"{path}: unknown kind of file, text is read from {', '.join(TEXT_SUFFIXES)}")
+    return True
 
 
 def join_rows(rows: Sequence[str]) -> str:
@@ -45,13 +58,7 @@ def join_rows(rows: Sequence[str]) -> str:
 def _file_rows(path: Path, column: str) -> list[str]:
     if path.name.endswith(RECORD_SUFFIXES):
         return _column(read_records(path), column, str(path))
-    if not path.exists():
-        raise AxiconError(f"no such file: {path}")
-    if path.name.endswith(".raw"):
-        return wikitext_rows(read_utf8(path))
-    if path.name.endswith(".txt"):
-        return [read_utf8(path)]
-    raise AxiconError(f"{path}: unknown kind of file, text is read from {', '.join(TEXT_SUFFIXES)}")
+    return wikitext_rows(read_utf8(path)) if path.name.endswith(".raw") else [read_utf8(path)]
 
 
 def wikitext_rows(text: str) -> list[str]:

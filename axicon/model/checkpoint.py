@@ -55,21 +55,13 @@ def resolve(name: str | Path, *, offline: bool | None = None, revision: str | No
     fetched into the hub's own cache, where interrupted downloads go on; `offline` (default: HF_HUB_OFFLINE)
     uses only what is there. Raises AxiconError, and writes nothing half, for everything else.
     """
-    text = os.fspath(name)
-    path = Path(text).expanduser()
-    if text == "demo":
+    kind = hub.what_is(name)
+    if kind == "demo":
         return hold(interchange.demo())
-    if path.is_dir():
-        safety.check_folder(path)
-        return hold(path.resolve())
-    if path.is_file():
-        if path.suffix.lower() == ".gguf":
-            return hold(interchange.convert_gguf(path))
-        raise safety.refuse_file(path)
-    if isinstance(name, Path) or path.suffix.lower() == ".gguf" or not hub.is_hub_id(text):
-        raise AxiconError(
-            f"{text}: no such file or directory, nor a hub id like org/name; `demo` is always there")
-    return hub.fetch(text, offline=offline, revision=revision)
+    if kind == "hub":
+        return hub.fetch(os.fspath(name), offline=offline, revision=revision)
+    path = Path(name).expanduser()
+    return hold(path.resolve() if kind == "folder" else interchange.convert_gguf(path))
 
 
 def model_id(name: str | Path) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
+from typing import Literal
 
 from axicon.errors import AxiconError
 from axicon.model import safety
@@ -25,6 +26,28 @@ _ID = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?(@[\w./-]+)?", re.ASCII)
 def is_hub_id(name: str) -> bool:
     """Whether a name has the form `name`, `org/name` or `org/name@revision`."""
     return _ID.fullmatch(name) is not None and ".." not in name
+
+
+def what_is(name: str | Path) -> Literal["demo", "folder", "gguf", "hub"]:
+    """What a model's name stands for. Nothing is fetched, made or read of it.
+
+    Raises AxiconError for a name that can stand for no model: nothing is there, or something else.
+    """
+    text = os.fspath(name)
+    path = Path(text).expanduser()
+    if text == "demo":
+        return "demo"
+    if path.is_dir():
+        safety.check_folder(path)
+        return "folder"
+    if path.is_file():
+        if path.suffix.lower() == ".gguf":
+            return "gguf"
+        raise safety.refuse_file(path)
+    if isinstance(name, Path) or path.suffix.lower() == ".gguf" or not is_hub_id(text):
+        raise AxiconError(
+            f"{text}: no such file or directory, nor a hub id like org/name; `demo` is always there")
+    return "hub"
 
 
 def fetch(name: str, *, offline: bool | None = None, revision: str | None = None) -> Path:

@@ -107,6 +107,59 @@ def test_every_container_has_the_image_the_environment_and_the_keys(file: cluste
     assert KuberayRecipe().image == f"axicon:{__version__}"
 
 
+FIELDS = {
+    "RayService": {"serveConfigV2", "rayClusterConfig"},
+    "RayJob": {
+        "entrypoint", "backoffLimit", "shutdownAfterJobFinishes", "ttlSecondsAfterFinished", "jobId",
+        "entrypointNumCpus", "entrypointNumGpus", "entrypointResources", "runtimeEnvYAML", "metadata",
+        "rayClusterSpec",
+    },
+    "cluster": {
+        "rayVersion", "authOptions", "enableInTreeAutoscaling", "headGroupSpec", "workerGroupSpecs",
+    },
+    "head": {"rayStartParams", "labels", "template"},
+    "group": {
+        "groupName", "replicas", "minReplicas", "maxReplicas", "rayStartParams", "labels", "template",
+    },
+}  # fmt: skip
+"""Of KubeRay's definitions (raycluster_types.go and its neighbours), those that are used here."""
+
+
+def test_there_is_no_field_that_kuberay_does_not_know(file: cluster_file.ClusterFile) -> None:
+    """Kubernetes drops a field it does not know without a word."""
+    for document in documents(file):
+        spec = document["spec"]
+        assert spec.keys() <= FIELDS[document["kind"]]
+        cluster = spec["rayClusterConfig"] if document["kind"] == "RayService" else spec["rayClusterSpec"]
+        assert cluster.keys() <= FIELDS["cluster"]
+        assert cluster["headGroupSpec"].keys() <= FIELDS["head"]
+        for group in cluster["workerGroupSpecs"]:
+            assert group.keys() <= FIELDS["group"]
+            params = [*group["rayStartParams"].values(), *cluster["headGroupSpec"]["rayStartParams"].values()]
+            assert all(isinstance(value, str) for value in params)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"cluster_name": "My_Cluster"}, "cluster_name: 'My_Cluster' is no name for KubeRay"),
+        ({"cluster_name": "a" * 48}, "is no name for KubeRay"),
+        ({"cluster_name": "a" * 40}, "metadata.jobs.evaluate: "),
+        ({"role": "a worker"}, r"available_node_types.cpu.labels: role: 'a worker' is no label"),
+    ],
+)
+def test_what_kubernetes_would_refuse_is_refused_here(
+    tmp_path: Path, change: dict[str, str], says: str
+) -> None:
+    content = yaml.safe_load(cluster_file.shipped().read_text())
+    content["available_node_types"]["cpu"]["labels"]["role"] = change.get("role", "worker")
+    content["cluster_name"] = change.get("cluster_name", "axicon")
+    path = tmp_path / "cluster.yaml"
+    path.write_text(yaml.safe_dump(content, sort_keys=False))
+    with pytest.raises(AxiconError, match=says):
+        kuberay(cluster_file.read(path), KuberayRecipe())
+
+
 def test_a_job_keeps_its_settings(file: cluster_file.ClusterFile) -> None:
     _, short, long = documents(file)
     assert short["spec"]["entrypoint"] == file.jobs["evaluate"].entrypoint

@@ -45,7 +45,9 @@ class FakeJobs:
     def submit_job(self, **words: Any) -> None:
         if words["submission_id"] in self.jobs:
             raise RuntimeError(f"Request failed: job {words['submission_id']} already exists")
-        self.sent.append(words)
+        folder = Path(words["runtime_env"]["working_dir"])
+        files = {str(path.relative_to(folder)): path.read_text() for path in folder.rglob("*.*")}
+        self.sent.append(words | {"folder": folder, "files": files})
         self.add(words["submission_id"], "PENDING")
 
     def get_job_info(self, name: str) -> Any:
@@ -93,7 +95,10 @@ def test_a_job_is_submitted_followed_and_told_of(fake: FakeJobs, tmp_path: Path)
     assert sent["submission_id"].startswith("evaluate-demo-")
     text, out = tmp_path / "text.txt", tmp_path / "artifacts" / "evaluate"
     assert sent["entrypoint"] == f"exec python -m jobs evaluate demo windows=2 text={text} out={out}"
-    assert sent["runtime_env"]["working_dir"] == "code"
+    assert sent["files"] == {"a.py": "a = 1\n"}
+    # What is sent is read twice; the folder itself may be written to meanwhile.
+    assert sent["folder"] != tmp_path / "code"
+    assert not sent["folder"].exists()
     assert int(sent["runtime_env"]["env_vars"]["RAY_JOB_STOP_WAIT_TIME_S"]) >= 30
     assert sent["entrypoint_num_cpus"] == 1
     assert said[-3:] == ["one", "two", f"{sent['submission_id']} succeeded after 3 s"]
@@ -182,6 +187,39 @@ def test_wrong_words_are_one_line_and_nothing_is_sent(
         run(*words[1:], verb=words[0])
     assert says in str(caught.value)
     assert fake.sent == []
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (("evaluate", "demo", "text=none.txt"), "no such file: none.txt"),
+        (("evaluate", "demo", "text=code"), "code is not a file: name one of its files"),
+        (("evaluate", "demo", "text=code/a.py"), "code/a.py: unknown kind of file, text is read from"),
+        (("evaluate", "./none", "text=text.txt"), "./none: no such file or directory, nor a hub id"),
+        (("evaluate", "code", "text=text.txt"), "code: no config.json in it"),
+        (("evaluate", "text.txt", "text=text.txt"), "text.txt: not a model"),
+        (("evaluate", "demo", "tasks=sst2", "data=gone"), "data=gone: no such file or directory"),
+        (("compress", "gptq", "calibration.text=none.txt"), "no such file: none.txt"),
+        (("verify", "./none"), "/none: no such file or directory"),
+    ],
+)
+def test_an_input_that_is_not_there_is_one_line_and_nothing_is_sent(
+    fake: FakeJobs, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...], says: str
+) -> None:
+    with pytest.raises(AxiconError) as caught:
+        run(*words[1:], verb=words[0])
+    assert says in str(caught.value)
+    assert fake.sent == []
+    if words[0] != "verify":
+        # Only where the cluster runs here is what is here what the job will find.
+        monkeypatch.setattr(submit, "on_this_machine", lambda found: False)
+        assert "succeeded" in run(*words[1:], verb=words[0])[-1]
+
+
+def test_a_path_deep_in_a_recipe_is_made_absolute(fake: FakeJobs, tmp_path: Path) -> None:
+    run("gptq", "calibration.text=text.txt", "out=made", verb="compress")
+    words = fake.sent[0]["entrypoint"].split()[5:]
+    assert words == ["gptq", f"calibration.text={tmp_path}/text.txt", f"out={tmp_path}/made"]
 
 
 def test_a_recipe_file_of_this_machine_goes_by_its_place(fake: FakeJobs, tmp_path: Path) -> None:
@@ -377,6 +415,21 @@ def test_beside_a_server_a_job_takes_one_thread_and_says_so(
     assert submitted.begin("evaluate", EvaluateRecipe(threads=2)).threads == 2
     in_a_job([])
     assert submitted.begin("evaluate", EvaluateRecipe()).threads is None
+
+
+def test_a_job_steps_back_as_a_thread_and_as_a_session(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    done: list[Any] = []
+    monkeypatch.setattr(submitted, "SESSION", tmp_path / "autogroup")
+    monkeypatch.setattr(os, "nice", done.append)
+    monkeypatch.setattr(os, "sched_setscheduler", lambda pid, policy, _: done.append(policy), raising=False)
+    submitted.step_back()
+    assert done[0] == 19
+    assert done[1:] == ([os.SCHED_IDLE] if hasattr(os, "SCHED_IDLE") else [])
+    assert (tmp_path / "autogroup").read_text() == "19"
+    monkeypatch.setattr(submitted, "SESSION", tmp_path / "not" / "there")
+    submitted.step_back()
 
 
 def test_outside_a_job_nothing_is_said_or_changed(
