@@ -21,12 +21,15 @@ import torch
 from torch import nn
 
 from axicon.errors import AxiconError
+from axicon.model.binary_code import BinaryCodeLinear
 from axicon.model.decoder import Decoder
 from axicon.model.group_int import GroupIntLinear
 from axicon.model.int8 import Int8Linear
 from axicon.model.packed import PackedLinear, Setting
 
-FORMATS: dict[str, type[PackedLinear]] = {cls.format: cls for cls in (Int8Linear, GroupIntLinear)}
+FORMATS: dict[str, type[PackedLinear]] = {
+    cls.format: cls for cls in (Int8Linear, GroupIntLinear, BinaryCodeLinear)
+}
 
 METHOD = "axicon"
 """`quant_method` of the configs written here."""
