@@ -323,6 +323,25 @@ class DraftTree:
         """Nodes that follow `node`, in the order in which they were drawn."""
         return [i for i, parent in enumerate(self.parents) if parent == node]
 
+    def follow(self, tokens: Sequence[int]) -> list[int]:
+        """The nodes from the root on that hold these tokens, as far as there are any."""
+        path: list[int] = []
+        for token in tokens:
+            behind = path[-1] if path else -1
+            found = (i for i in self.children(behind) if self.tokens[i] == token)
+            child = next(found, None)
+            if child is None:
+                break
+            path.append(child)
+        return path
+
+    def depths(self) -> list[int]:
+        """Of each node, from 1."""
+        depths: list[int] = []
+        for parent in self.parents:
+            depths.append(1 if parent < 0 else depths[parent] + 1)
+        return depths
+
 
 class Level(NamedTuple):
     """Nodes of one depth of a tree that grows, F of them. The first is the root, whose parent is -1."""

@@ -12,6 +12,8 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,6 +32,7 @@ from axicon.generate.request import (
 from axicon.generate.sampling import SAMPLERS
 from axicon.generate.sampling.sample import Row, logprobs, sample
 from axicon.generate.scheduler import Scheduler, Stream, Work
+from axicon.generate.speculate import Speculator, read
 from axicon.generate.steptimes import StepClock
 from axicon.generate.validate import check_request
 from axicon.protocols import Runner, Sampler, StepInput
@@ -38,6 +41,24 @@ log = logging.getLogger("axicon")
 
 FAILURES_BORNE = 8
 """Failed steps in a row after which the engine gives up, so that whoever watches it can start another."""
+
+
+class Spot(NamedTuple):
+    """Where a token is drawn: behind a stream's last token, or behind a node of its tree that was right."""
+
+    work: Work
+    root: int
+    """Row of the last token's logits; those of the tree's nodes lie behind it."""
+    node: int = -1
+
+    @property
+    def row(self) -> int:
+        return self.root + 1 + self.node
+
+    def child(self, token: int) -> int | None:
+        """The first child that holds this token."""
+        tree = self.work.tree
+        return next((i for i in tree.children(self.node) if tree.tokens[i] == token), None)
 
 
 class Engine:
@@ -55,6 +76,7 @@ class Engine:
         eos_ids: Sequence[int],
         limits: Limits | None = None,
         sampler: Sampler | None = None,
+        speculator: Speculator | None = None,
         model_name: str = "",
     ) -> None:
         self.runner = runner
@@ -68,6 +90,7 @@ class Engine:
         """Requests that may be here at once."""
         self.decode_only = False
         """Whether the last step computed no prompt tokens."""
+        self.speculator = speculator or Speculator()
         self._sampler = sampler or SAMPLERS["gumbel"]()
         self._scheduler = Scheduler(runner.capacity, runner.slots_reserved)
         self._answers: dict[Stream, Answer] = {}
@@ -75,6 +98,10 @@ class Engine:
         self._cancelled: set[Stream] = set()
         self._staged: list[Work] = []
         """What the last step computed: its nodes lie in the cache and are not committed."""
+        self._kept: dict[Stream, list[int]] = {}
+        """Nodes of its trees that turned out right."""
+        self._gone: list[Stream] = []
+        """Streams that ended since the last step began."""
         self._failures = 0
         self._steps = self._prompt_tokens = self._generated = self._step_tokens = 0
         self._step_seconds = 0.0
@@ -87,6 +114,8 @@ class Engine:
 
     def check(self, request: Request) -> None:
         """Raises RequestError for a request that cannot be served as asked. Any thread may call it."""
+        if request.params.speculation is not None:
+            read(request.params.speculation, self.speculator.most_nodes, self.speculator.models)
         check_request(request, self.runner.capacity.vocab, self.max_model_len, self.limits)
 
     def add(self, request: Request) -> None:
@@ -98,6 +127,7 @@ class Engine:
         if len(self._streams) >= self.most_requests:
             raise Overloaded(f"{len(self._streams)} requests are running or waiting, try again later")
         stream = Stream(request)
+        self.speculator.begin(stream)
         self._answers[stream] = Answer(request, self.tokenizer, self.runner.capacity.vocab, self.eos_ids)
         self._streams[key] = stream
         self._scheduler.add(stream)
@@ -113,10 +143,13 @@ class Engine:
         """Compute one step and return what it added to every request it touched."""
         self.decode_only = False
         deltas = self._sweep()
+        while self._gone:
+            self.speculator.forget(self._gone.pop())
         work = self._scheduler.schedule()
         if not work and not self._scheduler.releases:
             return deltas
         started = time.perf_counter()
+        work = self.speculator.propose(work)
         step = self._build(work)
         try:
             logits_WV = self.runner.forward(step).logits_WV
@@ -137,7 +170,7 @@ class Engine:
             steps_total=self._steps, prompt_tokens_total=self._prompt_tokens,
             generated_tokens_total=self._generated, finished_total=dict(self._finished),
             step_seconds=self._step_seconds, step_tokens=self._step_tokens,
-            decode_steps=self._decode_steps.read(),
+            decode_steps=self._decode_steps.read(), drafts=self.speculator.stats(),
         )  # fmt: skip
 
     def _sweep(self) -> list[Delta]:
@@ -163,6 +196,11 @@ class Engine:
                 parent = -1 if position == one.start else len(nodes) - 1
                 wants = position >= wanted.start
                 nodes.append((tokens[position], position, one.stream.row, parent, wants, forced))
+            if len(one.tree):
+                last, tree = len(nodes) - 1, one.tree
+                for token, parent, depth in zip(tree.tokens, tree.parents, tree.depths(), strict=True):
+                    behind = last + 1 + parent
+                    nodes.append((token, one.stop - 1 + depth, one.stream.row, behind, True, False))
         table_N6 = torch.tensor(nodes, dtype=torch.int64).view(len(nodes), 6)
         tokens_N, positions_N, rows_N, parents_N, wanted_N, forced_N = table_N6.T.contiguous().unbind(0)
         scheduler = self._scheduler
@@ -182,26 +220,28 @@ class Engine:
         return step
 
     def _commits(self) -> tuple[int, ...]:
-        """Nodes of the last step that stay: without drafts, all of every stream that goes on."""
+        """Nodes of the last step that stay: all of every stream that goes on, but for wrong guesses."""
         commits: list[int] = []
         first = 0
         for one in self._staged:
             size = one.stop - one.start
             if one.stream.row >= 0:
                 commits += range(first, first + size)
-            first += size
+                commits += [first + size + node for node in self._kept.get(one.stream, ())]
+            first += size + len(one.tree)
         return tuple(commits)
 
     def _advance(self, work: Sequence[Work], logits_WV: Tensor) -> list[Delta]:
         """Everything behind the forward pass, for each stream by itself."""
         deltas: list[Delta] = []
-        drawing: list[tuple[Stream, int]] = []
+        self._kept = {}
+        drawing: list[Spot] = []
         row = 0
         for one in work:
             stream, wanted = one.stream, _wanted(one)
             stream.computed = one.stop
             logits_TV = logits_WV[row : row + len(wanted)]
-            row += len(wanted)
+            row += len(wanted) + len(one.tree)
             try:
                 self._read_prompt(stream, wanted, logits_TV)
             except Exception:
@@ -209,7 +249,7 @@ class Engine:
                 continue
             if stream.computed == len(stream.tokens):
                 if stream.request.params.max_tokens:
-                    drawing.append((stream, row - 1))
+                    drawing.append(Spot(one, row - len(one.tree) - 1))
                 else:
                     deltas.append(self._close(stream, "length"))
         return deltas + self._draw(drawing, logits_WV)
@@ -222,34 +262,69 @@ class Engine:
         found = logprobs(logits_TV[: len(following)], following, params.prompt_logprobs)
         self._answers[stream].add_prompt_logprobs(found)
 
-    def _draw(self, drawing: Sequence[tuple[Stream, int]], logits_WV: Tensor) -> list[Delta]:
-        """One more token for each of these streams, whose logits are at the given rows."""
-        if not drawing:
-            return []
-        index = [row for _, row in drawing]
+    def _draw(self, drawing: Sequence[Spot], logits_WV: Tensor) -> list[Delta]:
+        """One more token for each of these streams, and one more for every guess that turns out right."""
+        deltas: dict[Stream, Delta] = {}
+        spots = drawing
+        while spots:
+            spots = self._draw_once(spots, logits_WV, deltas)
+        for one, _, _ in drawing:
+            if one.stream.request.params.speculation is not None:
+                self.speculator.settle(one, one.stream.tokens[one.stop :])
+                deltas[one.stream] = self._counted(one.stream, deltas[one.stream])
+        return list(deltas.values())
+
+    def _draw_once(self, spots: Sequence[Spot], logits_WV: Tensor, deltas: dict[Stream, Delta]) -> list[Spot]:
+        """The token behind each spot, added to the deltas; the spots whose children hold it come next."""
+        index = [spot.row for spot in spots]
         logits_RV = logits_WV if index == list(range(len(logits_WV))) else logits_WV[index]
-        rows = [self._answers[stream].sampling(len(stream.tokens)) for stream, _ in drawing]
-        tokens = self._sample(logits_RV, rows)
-        deltas = []
-        for r, ((stream, _), token) in enumerate(zip(drawing, tokens, strict=True)):
+        rows = [self._answers[spot.work.stream].sampling(len(spot.work.stream.tokens)) for spot in spots]
+        tokens = self._choose(spots, logits_RV, rows)
+        onward: list[Spot] = []
+        for r, (spot, token) in enumerate(zip(spots, tokens, strict=True)):
+            stream = spot.work.stream
             top = stream.request.params.logprobs
             if token is None:
-                deltas.append(
-                    self._close(stream, "error", "the model's probabilities for this request are not numbers")
+                delta = self._close(
+                    stream, "error", "the model's probabilities for this request are not numbers"
                 )
-                continue
+            else:
+                try:
+                    logprob = None if top is None else logprobs(logits_RV[r : r + 1], [token], top)[0]
+                    delta = self._answers[stream].accept(token, logprob)
+                except Exception:
+                    delta = self._defect(stream)
+                else:
+                    stream.tokens.append(token)
+                    self._generated += 1
+                    if delta.finish_reason is not None:
+                        self._forget(stream, delta.finish_reason)
+                    elif (child := spot.child(token)) is not None:
+                        stream.computed += 1
+                        self._kept.setdefault(stream, []).append(child)
+                        onward.append(Spot(spot.work, spot.root, child))
+            before = deltas.get(stream)
+            deltas[stream] = delta if before is None else before.followed_by(delta)
+        return onward
+
+    def _choose(self, spots: Sequence[Spot], logits_RV: Tensor, rows: Sequence[Row]) -> list[int | None]:
+        judged = {r for r, spot in enumerate(spots) if self.speculator.judges(spot.work, spot.node)}
+        if not judged:
+            return self._sample(logits_RV, rows)
+        tokens: list[int | None] = [None] * len(rows)
+        drawn = [r for r in range(len(rows)) if r not in judged]
+        if drawn:
+            found = self._sample(logits_RV[drawn], [rows[r] for r in drawn])
+            for r, token in zip(drawn, found, strict=True):
+                tokens[r] = token
+        for r in judged:
             try:
-                logprob = None if top is None else logprobs(logits_RV[r : r + 1], [token], top)[0]
-                delta = self._answers[stream].accept(token, logprob)
+                tokens[r] = self.speculator.judge(
+                    spots[r].work, spots[r].node, logits_RV[r], rows[r], self._sampler
+                )
             except Exception:
-                deltas.append(self._defect(stream))
-                continue
-            stream.tokens.append(token)
-            self._generated += 1
-            deltas.append(delta)
-            if delta.finish_reason is not None:
-                self._forget(stream, delta.finish_reason)
-        return deltas
+                log.exception("verifying a guess of request %s failed", spots[r].work.stream.request.id)
+        return tokens
 
     def _sample(self, logits_RV: Tensor, rows: Sequence[Row]) -> list[int | None]:
         """All rows at once; one by one if that fails, to find the row it fails for."""
@@ -264,11 +339,15 @@ class Engine:
     def _close(self, stream: Stream, reason: FinishReason, error: str | None = None) -> Delta:
         """End a stream without another token."""
         try:
-            delta = self._answers[stream].close(reason, error)
+            delta = self._counted(stream, self._answers[stream].close(reason, error))
         except Exception:
             return self._defect(stream)
         self._forget(stream, delta.finish_reason or reason)
         return delta
+
+    def _counted(self, stream: Stream, delta: Delta) -> Delta:
+        counts = self.speculator.counts(stream)
+        return delta if counts is None else replace(delta, accepted=counts[0], rejected=counts[1])
 
     def _defect(self, stream: Stream) -> Delta:
         """End a stream that raised; the others do not notice."""
@@ -294,19 +373,21 @@ class Engine:
 
     def _forget(self, stream: Stream, reason: FinishReason) -> None:
         self._scheduler.remove(stream)
+        self._gone.append(stream)
         self._finished[reason] += 1
         del self._answers[stream], self._streams[stream.request.id, stream.request.choice]
 
     def _count(self, work: Sequence[Work], seconds: float) -> None:
         self._steps += 1
         self._step_seconds = seconds
-        self._step_tokens = sum(one.stop - one.start for one in work)
+        self._step_tokens = sum(one.stop - one.start + len(one.tree) for one in work)
         prompt = sum(one.stop - one.start for one in work if one.start < len(one.stream.request.prompt))
         self._prompt_tokens += prompt
         self._scheduler.pace.note(seconds, prompt, self._step_tokens - prompt)
         self.decode_only = prompt == 0
         if self.decode_only:
             self._decode_steps.note(seconds)
+            self.speculator.cost.note(self._step_tokens, seconds)
 
 
 def _longest(runner: Runner, limits: Limits) -> int:

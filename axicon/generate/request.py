@@ -12,6 +12,20 @@ FinishReason = Literal["stop", "length", "cancelled", "deadline", "error"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Speculation:
+    """How one request's next tokens are guessed, and how guesses are checked."""
+
+    method: str
+    """A name in `DRAFTERS` of `axicon.generate.drafting`."""
+    width: int | None = None
+    depth: int | None = None
+    """None: what the method has by itself."""
+    verify: Literal["rrs", "coupled"] | None = None
+    """rrs: the text has the law of a run without guesses. coupled: it is the text of such a run, token for
+    token. None: coupled where the request has a seed."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
     """How one request is continued. Checked where it enters (`Engine.add` raises `RequestError`), never
     later.
@@ -38,6 +52,7 @@ class SamplingParams:
     """Alternatives reported per generated token; 0 reports the chosen token alone; None reports nothing."""
     prompt_logprobs: int | None = None
     """The same for the prompt's own tokens (the first has none)."""
+    speculation: Speculation | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,7 +103,9 @@ class Delta:
     error: str | None = None
     prompt_tokens: int = 0
     completion_tokens: int = 0
-    """Counts so far."""
+    accepted: int = 0
+    rejected: int = 0
+    """Counts so far; the latter two of tokens that were guessed ahead."""
 
     def followed_by(self, later: Delta) -> Delta:
         """This and the next delta of the same choice as one."""
@@ -131,6 +148,20 @@ class Limits:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class DraftStats:
+    """What guessing by one method has come to. Lists are by depth, from 1."""
+
+    drafted: tuple[int, ...] = ()
+    accepted: tuple[int, ...] = ()
+    left_out: int = 0
+    """Guesses that were not checked, because it would have taken longer than it saved."""
+    failed: int = 0
+    """Requests that went on without guesses, because guessing raised."""
+    gain: float = 1.0
+    """Tokens per second as estimated, over those without guesses, at the last step that had the choice."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EngineStats:
     """Counts and gauges at one moment. Everything named `_total` only ever grows."""
 
@@ -150,3 +181,5 @@ class EngineStats:
     """Nodes computed in that step."""
     decode_steps: StepTimes = field(default_factory=StepTimes)
     """Steps without a prompt, by how long they took."""
+    drafts: Mapping[str, DraftStats] = field(default_factory=dict)
+    """By the name of the method."""

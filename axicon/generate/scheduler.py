@@ -15,7 +15,9 @@ from dataclasses import dataclass, field
 
 from axicon.generate.pace import Pace
 from axicon.generate.request import Request
-from axicon.protocols import Capacity
+from axicon.protocols import Capacity, DraftTree
+
+NO_TREE = DraftTree()
 
 
 @dataclass(eq=False, slots=True)
@@ -51,6 +53,8 @@ class Work:
     stream: Stream
     start: int
     stop: int
+    tree: DraftTree = NO_TREE
+    """What may follow token `stop - 1`: computed in the same step, and kept as far as it turns out right."""
 
 
 class Scheduler:

@@ -53,6 +53,20 @@ def sample(logits_RV: Tensor, rows: Sequence[Row], sampler: Sampler) -> list[int
     return tokens
 
 
+@torch.inference_mode()
+def law(logits_V: Tensor, row: Row) -> Tensor | None:
+    """float32 (V,): what `sample` draws this row's token from, its temperature above 0. None where `sample`
+    finds none to choose."""
+    if row.processor.active:
+        logits_V = row.processor.apply(logits_V)
+    probs_RV, (good,) = softmax([logits_V], [row.params.temperature])
+    if not good:
+        return None
+    if _truncation(row.params) != EVERYTHING:
+        truncate(probs_RV, [_truncation(row.params)])
+    return probs_RV[0]
+
+
 def _draw(
     drawn: Mapping[int, Tensor], rows: Sequence[Row], truncated: bool, sampler: Sampler,
     tokens: list[int | None],
