@@ -22,6 +22,7 @@ class Answer:
         self._index = {request.id: index for index, request in enumerate(plan.requests)}
         self._choices = [Choice(index) for index in range(len(plan.requests))]
         self._per_prompt = len(plan.requests) // plan.prompts
+        self._guesses = any(request.params.speculation is not None for request in plan.requests)
         self._opened: set[int] = set()
         self.trouble: ApiError | None = None
         """Why the events end early, once they do."""
@@ -51,7 +52,7 @@ class Answer:
             if delta.text or delta.logprobs or delta.prompt_logprobs or delta.finish_reason:
                 text += self.form.event(index, delta)
             choice = self._choices[index]
-            choice.prompt_tokens, choice.completion_tokens = delta.prompt_tokens, delta.completion_tokens
+            choice.count(delta)
         return text.encode()
 
     def closing(self) -> bytes:
@@ -67,6 +68,8 @@ class Answer:
         return Usage(
             sum(choice.prompt_tokens for choice in self._choices[:: self._per_prompt]),
             sum(choice.completion_tokens for choice in self._choices),
+            sum(choice.accepted for choice in self._choices) if self._guesses else None,
+            sum(choice.rejected for choice in self._choices),
         )
 
 

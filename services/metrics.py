@@ -6,14 +6,14 @@ Every server has a registry of its own, so several can live in one process. `axi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from itertools import accumulate
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from axicon.generate.request import Delta, EngineStats
+from axicon.generate.request import Delta, DraftStats, EngineStats
 from axicon.generate.steptimes import BOUNDS, StepTimes
 
 FIRST_TOKEN = (0.005, 0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.25, 2.5, 5, 10, 20, 40, 80)
@@ -54,12 +54,37 @@ class EngineCollector(Collector):
             counter.add_metric([self.model], value)
             yield counter
         yield _step_histogram(self.model, stats.decode_steps)
+        yield from _drafts(self.model, stats.drafts)
         ended = CounterMetricFamily(
             "vllm:request_success", "Choices that ended, by reason.", labels=["model_name", "finished_reason"]
         )
         for reason, count in stats.finished_total.items():
             ended.add_metric([self.model, reason], count)
         yield ended
+
+
+def _drafts(model: str, drafts: Mapping[str, DraftStats]) -> Iterator[Metric]:
+    """What guessing ahead has come to, by method and depth in the tree."""
+    labels = ["model_name", "method"]
+    checked = CounterMetricFamily("axicon:draft_tokens", "Guessed tokens checked.", labels=[*labels, "depth"])
+    right = CounterMetricFamily("axicon:draft_accepted", "Guessed tokens kept.", labels=[*labels, "depth"])
+    left_out = CounterMetricFamily(
+        "axicon:drafts_left_out", "Guesses not checked, as it would not have paid.", labels=labels
+    )
+    failed = CounterMetricFamily(
+        "axicon:drafts_failed", "Choices that went on without guesses after a failure.", labels=labels
+    )
+    gain = GaugeMetricFamily(
+        "axicon:speculation_gain", "Estimated tokens per second over those without guesses.", labels=labels
+    )
+    for method, stats in drafts.items():
+        for family, counts in ((checked, stats.drafted), (right, stats.accepted)):
+            for depth, count in enumerate(counts, 1):
+                family.add_metric([model, method, str(depth)], count)
+        left_out.add_metric([model, method], stats.left_out)
+        failed.add_metric([model, method], stats.failed)
+        gain.add_metric([model, method], stats.gain)
+    yield from (checked, right, left_out, failed, gain)
 
 
 def _step_histogram(model: str, times: StepTimes) -> Metric:

@@ -51,6 +51,10 @@ def one_of(*values: str) -> Schema:
 
 
 USAGE = an_object(prompt_tokens=INTEGER, completion_tokens=INTEGER, total_tokens=INTEGER)
+USAGE["properties"]["completion_tokens_details"] = {
+    **an_object(accepted_prediction_tokens=INTEGER, rejected_prediction_tokens=INTEGER),
+    "description": "There when the request asked for speculation.",
+}
 REASON = one_of("stop", "length")
 COMPLETION_LOGPROBS = an_object(
     tokens=a_list(TEXT),

@@ -11,7 +11,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from axicon.generate.request import Request, SamplingParams
+from axicon.generate.request import Request, SamplingParams, Speculation
 from axicon.recipe import RequestLimits, ServeRecipe
 from services.errors import ApiError, bad_request
 from services.render import ChatForm, CompletionForm, Form
@@ -237,7 +237,17 @@ def _params(
         ignore_eos=bool(body.ignore_eos),
         logprobs=logprobs,
         prompt_logprobs=prompt_logprobs,
+        speculation=_speculation(body),
     )
+
+
+def _speculation(body: Sampling) -> Speculation | None:
+    """Every request gets a seed later; who sent one wants the text that goes with it."""
+    asked = body.speculation
+    if asked is None:
+        return None
+    verify = asked.verify or ("rrs" if body.seed is None else "coupled")
+    return Speculation(method=asked.method, width=asked.width, depth=asked.depth, verify=verify)
 
 
 def _requests(

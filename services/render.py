@@ -54,13 +54,19 @@ class Choice:
     finish_reason: str | None = None
     prompt_tokens: int = 0
     completion_tokens: int = 0
+    accepted: int = 0
+    rejected: int = 0
 
     def add(self, delta: Delta) -> None:
         self.text.append(delta.text)
         self.logprobs.extend(delta.logprobs)
         self.prompt_logprobs = self.prompt_logprobs or delta.prompt_logprobs or ()
         self.finish_reason = delta.finish_reason or self.finish_reason
+        self.count(delta)
+
+    def count(self, delta: Delta) -> None:
         self.prompt_tokens, self.completion_tokens = delta.prompt_tokens, delta.completion_tokens
+        self.accepted, self.rejected = delta.accepted, delta.rejected
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,14 +75,23 @@ class Usage:
 
     prompt_tokens: int
     completion_tokens: int
+    accepted: int | None = None
+    """Of the tokens that were guessed ahead; None where the request asked for no guesses."""
+    rejected: int = 0
 
-    def body(self) -> dict[str, int]:
+    def body(self) -> dict[str, Any]:
         total = self.prompt_tokens + self.completion_tokens
-        return {
+        counts: dict[str, Any] = {
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": self.completion_tokens,
             "total_tokens": total,
         }
+        if self.accepted is not None:
+            counts["completion_tokens_details"] = {
+                "accepted_prediction_tokens": self.accepted,
+                "rejected_prediction_tokens": self.rejected,
+            }
+        return counts
 
 
 class Form(ABC):

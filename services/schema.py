@@ -19,7 +19,7 @@ MOST_ERRORS = 50
 """With more problems than this in one body, their number is reported instead of the first one: listing them
 all costs more than the request is worth."""
 
-LATER = {"kv": "a cache policy per request", "speculation": "speculative decoding"}
+LATER = {"kv": "a cache policy per request"}
 """Fields of axicon that a deployment may lack, and what they would ask for."""
 
 
@@ -157,6 +157,15 @@ class StreamOptions(Body):
     include_usage: bool | None = None
 
 
+class SpeculationBody(Body):
+    """How tokens are guessed ahead; what it may say is `axicon.generate.request.Speculation`."""
+
+    method: Literal["chain", "k_seq", "lookup", "multi_round", "rsd_c", "rsd_s"]
+    width: int | None = Field(None, ge=1)
+    depth: int | None = Field(None, ge=1)
+    verify: Literal["rrs", "coupled"] | None = None
+
+
 class Sampling(Body):
     """The fields both generation routes share. Null always means the default."""
 
@@ -170,6 +179,7 @@ class Sampling(Body):
     min_tokens: int | None = Field(None, ge=0)
     n: int | None = Field(None, ge=1)
     seed: Seed | None = None
+    speculation: SpeculationBody | None = None
     stop: Annotated[tuple[str, ...], PlainValidator(read_stops), WithJsonSchema(STOP)] = ()
     stop_token_ids: Annotated[tuple[int, ...], PlainValidator(read_stop_ids), WithJsonSchema(STOP_IDS)] = ()
     stream: bool | None = None

@@ -27,6 +27,7 @@ from axicon.generate.request import (
     Request,
     RequestError,
     SamplingParams,
+    Speculation,
     TokenLogprob,
 )
 
@@ -46,6 +47,9 @@ class Completion:
     prompt_logprobs: tuple[TokenLogprob, ...] | None = None
     stop_reason: str | int | None = None
     prompt_tokens: int = 0
+    accepted: int = 0
+    rejected: int = 0
+    """Of the tokens that were guessed ahead."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -198,7 +202,29 @@ def _params(params: Mapping[str, Any]) -> SamplingParams:
     settings = dict(params)
     if isinstance(settings.get("stop"), str):
         settings["stop"] = (settings["stop"],)
+    settings["speculation"] = _speculation(settings.get("speculation"))
     return SamplingParams(**settings)
+
+
+def _speculation(asked: Any) -> Speculation | None:
+    """A method's name, or its settings as in a request over HTTP."""
+    if asked is None or isinstance(asked, Speculation):
+        return asked
+    settings = {"method": asked} if isinstance(asked, str) else dict(asked)
+    known = {field.name for field in fields(Speculation)}
+    for name in settings:
+        if name not in known:
+            raise RequestError(
+                f"unknown setting {name!r} of speculation, known are {', '.join(sorted(known))}",
+                "speculation",
+            )
+    if "method" not in settings:
+        raise RequestError("speculation needs a method", "speculation")
+    if settings.get("verify") not in (None, "rrs", "coupled"):
+        raise RequestError(
+            f"speculation verify is {settings['verify']!r}, known are coupled, rrs", "speculation"
+        )
+    return Speculation(**settings)
 
 
 def _join(deltas: Sequence[Delta]) -> Completion:
@@ -214,6 +240,8 @@ def _join(deltas: Sequence[Delta]) -> Completion:
         prompt_logprobs=next((d.prompt_logprobs for d in deltas if d.prompt_logprobs is not None), None),
         stop_reason=last.stop_reason,
         prompt_tokens=last.prompt_tokens,
+        accepted=last.accepted,
+        rejected=last.rejected,
     )
 
 

@@ -51,7 +51,7 @@ def read(asked: Speculation, most_nodes: int, models: bool) -> Drafter:
         )
     settings = {"width": asked.width, "depth": asked.depth}
     for name, value in settings.items():
-        if value is not None and not 1 <= value <= most_nodes:
+        if value is not None and not (isinstance(value, int) and 1 <= value <= most_nodes):
             raise RequestError(
                 f"speculation {name} is {value}, it must lie between 1 and {most_nodes}", "speculation"
             )
@@ -105,7 +105,7 @@ class Speculator:
     def __init__(self, most_nodes: int = MOST_NODES, always: bool = False) -> None:
         self.most_nodes = most_nodes
         self.cost = StepCost()
-        self._always = always
+        self.always = always
         """Check every guess, whatever it costs: for comparisons and tests."""
         self._guessers: dict[Stream, Guesser] = {}
         self._odds = Odds(MATCHES)
@@ -177,7 +177,7 @@ class Speculator:
 
     def _lengths(self, guessers: Sequence[Guesser], streams: int) -> list[int]:
         """How much of each guess is checked."""
-        if self._always:
+        if self.always:
             return [len(one.guess) for one in guessers]
         odds = [list(accumulate([self._odds.of(one.kind)] * len(one.guess), mul)) for one in guessers]
         lengths, gain = worth_checking(odds, streams, self.cost)

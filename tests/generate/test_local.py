@@ -76,3 +76,14 @@ def test_wrong_parameters_are_named(model):
         model.generate("x", temperature=-1)
     with pytest.raises(AxiconError):
         axicon.load("/nowhere/at/all")
+
+
+def test_speculation_by_name_or_settings(model):
+    want = model.generate("ababab", max_tokens=30, temperature=0.0)
+    for asked in ("lookup", {"method": "lookup", "depth": 4}):
+        found = model.generate("ababab", max_tokens=30, temperature=0.0, speculation=asked)
+        assert found.tokens == want.tokens
+    for wrong in ({"depth": 4}, {"method": "lookup", "size": 1}, {"method": "lookup", "verify": "no"}, "guess"):
+        with pytest.raises(RequestError) as caught:
+            model.generate("ababab", speculation=wrong)
+        assert caught.value.param == "speculation"
