@@ -14,7 +14,7 @@ import hashlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
@@ -298,11 +298,19 @@ def _value(key: str, text: str) -> Any:
 
 
 def explain(cls: type[Recipe], error: ValidationError) -> str:
-    """The first problem of a validation as one line: which key, what is wrong, what it takes."""
-    details = error.errors(include_url=False)[0]
+    """The first problem of a validation as one line: which key, what is wrong, what it takes.
+
+    An unknown key comes before all else: it may be what is missing, spelt otherwise.
+    """
+    errors = error.errors(include_url=False)
+    details = next((one for one in errors if one["type"] == "extra_forbidden"), errors[0])
     key = ".".join(str(part) for part in details["loc"])
     known = dict(fields(cls))
     if details["type"] == "extra_forbidden":
+        *place, _ = details["loc"]
+        if any(isinstance(part, int) for part in place):
+            item = ".".join(map(str, place))
+            return unknown_key(key, [f"{item}.{name}" for name, _ in fields(_item(cls, place))])
         return unknown_key(key, [*known, *sorted({name.partition(".")[0] for name in known if "." in name})])
     if details["type"] == "missing":
         return f"{key} is missing"
@@ -311,6 +319,15 @@ def explain(cls: type[Recipe], error: ValidationError) -> str:
         return f"{_typed(key, details)}: {key} has settings of its own, such as {example}=..."
     about = f" ({known[key]})" if key in known else ""
     return f"{_typed(key, details)}: {_reason(details)}{about}"
+
+
+def _item(cls: type[Recipe], place: Sequence[str | int]) -> type[Recipe]:
+    """The recipe that is an item of a list, where names of fields and numbers of items lead to it."""
+    for part in place:
+        if isinstance(part, str) and part in cls.model_fields:
+            kinds = get_args(cls.model_fields[part].annotation) or (cls.model_fields[part].annotation,)
+            cls = next((one for one in kinds if isinstance(one, type) and issubclass(one, Recipe)), cls)
+    return cls
 
 
 def _typed(key: str, details: ErrorDetails) -> str:

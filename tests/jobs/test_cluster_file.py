@@ -68,6 +68,11 @@ def test_the_node_table_is_read_whole() -> None:
             "x",
             "in metadata.serve.applications.0.args, unknown key 'modle': did you mean 'model'?",
         ),
+        (
+            "metadata/serve/applications/0/rout_prefix",
+            "/",
+            "unknown key 'applications.0.rout_prefix': did you mean 'applications.0.route_prefix'?",
+        ),
         ("metadata/jobs/evaluate/entry_point", "x", "in metadata.jobs.evaluate, unknown key 'entry_point'"),
         ("metadata/jobs/evaluate/entrypoint_num_cpus", -1, "must be greater than or equal to 0"),
         ("available_node_types/cpu/resources", {"CPU": 0.5}, "0.5 is not of type 'integer'"),
@@ -85,6 +90,14 @@ def test_what_is_wrong_is_one_line_with_the_nearest_key(
     assert says in str(caught.value)
     assert str(caught.value).startswith(f"{path}: ")
     assert "\n" not in str(caught.value)
+
+
+def test_a_key_that_is_only_spelt_otherwise_is_not_called_missing(
+    content: dict[str, Any], tmp_path: Path
+) -> None:
+    content["metadata"]["serv"] = content["metadata"].pop("serve")
+    with pytest.raises(AxiconError, match="unknown key 'serv': did you mean 'serve'"):
+        cluster_file.read(written(content, tmp_path))
 
 
 def test_a_file_without_a_name_is_refused(content: dict[str, Any], tmp_path: Path) -> None:
