@@ -175,6 +175,10 @@ class ServeRecipe(ModelRecipe):
     prefill_chunk: int = Field(256, ge=16, le=8192, description="prompt tokens computed per step")
     max_queue: int = Field(256, ge=0, description="choices that may wait; more is a 429")
     max_model_len: int | None = Field(None, ge=2, description="prompt plus output; none: all the model knows")
+    draft: str | None = Field(
+        None, description="model that guesses ahead: skip:8 is this one with 8 of its blocks; or a model"
+    )
+    draft_nodes: int = Field(64, ge=1, le=1024, description="guessed tokens of one request checked at once")
     limits: RequestLimits = Field(RequestLimits(), description="the most one request may ask for")
     request_timeout_s: float = Field(600, gt=0, description="a request that takes longer is ended")
     stall_s: float = Field(30, gt=0, description="/health fails when work waits this long without a step")

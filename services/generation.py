@@ -70,6 +70,8 @@ def engine_thread(recipe: ServeRecipe) -> EngineThread:
             prefill_chunk=recipe.prefill_chunk,
             limits=limits,
             transform=None if compressor is None else Compress(compressor),
+            draft=recipe.draft,
+            draft_nodes=recipe.draft_nodes,
         )
 
     return EngineThread(build)

@@ -206,6 +206,11 @@ def _limit(schemas: Schema, recipe: ServeRecipe, served: Served) -> None:
         fields["stop"]["anyOf"][0]["maxLength"] = limits.stop_chars
         fields["stop"]["anyOf"][1]["items"]["maxLength"] = limits.stop_chars
         fields["stop"]["anyOf"][1]["maxItems"] = limits.stops
+    guess = schemas["SpeculationBody"]["properties"]
+    if recipe.draft is None:
+        guess["method"] = {"const": "lookup"}
+    for name in ("width", "depth"):
+        _first(guess[name])["maximum"] = recipe.draft_nodes
     _first(schemas["ChatBody"]["properties"]["max_completion_tokens"])["maximum"] = output
     _first(schemas["ChatBody"]["properties"]["top_logprobs"])["maximum"] = limits.logprobs
     _first(schemas["CompletionBody"]["properties"]["logprobs"])["maximum"] = limits.logprobs

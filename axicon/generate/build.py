@@ -7,12 +7,16 @@ from typing import Literal, Protocol
 
 import torch
 
+from axicon.errors import AxiconError
+from axicon.generate.draftmodel import DraftModel
 from axicon.generate.engine import Engine
 from axicon.generate.request import Limits
 from axicon.generate.runner import Kernels, LocalRunner
+from axicon.generate.speculate import MOST_NODES, Speculator
 from axicon.model import checkpoint
 from axicon.model.decoder import Decoder
 from axicon.model.machine import cores, return_freed_memory
+from axicon.model.skip import skip_blocks
 
 log = logging.getLogger("axicon")
 
@@ -42,12 +46,16 @@ def build_engine(
     limits: Limits | None = None,
     kernels: Kernels = "auto",
     transform: Transform | None = None,
+    draft: str | None = None,
+    draft_nodes: int = MOST_NODES,
 ) -> Engine:
     """Find, load and probe a model, in the thread that will step it.
 
     threads: compute threads of this thread, None for one per core. kv_gib: memory for keys and values, None
     for what `LocalRunner` takes. `limits` overrides max_queue and max_model_len. `transform` changes the
-    loaded model before it is packed for the kernels. Raises AxiconError for what cannot be served.
+    loaded model before it is packed for the kernels. `draft` is a model that guesses ahead: `skip:8` for a
+    copy of this one with 8 of its blocks, or a model's name; `draft_nodes` bounds a request's trees. Raises
+    AxiconError for what cannot be served.
     """
     torch.set_num_threads(threads or cores())
     folder = checkpoint.resolve(model, offline=offline, revision=revision)
@@ -56,18 +64,56 @@ def build_engine(
     if transform is not None:
         decoder = transform(decoder)
         digest += f" {transform}"
+    drafter = None if draft is None else _draft_decoder(draft, decoder, getattr(torch, dtype), transform)
     runner = LocalRunner(
         decoder, kv_bytes=None if kv_gib is None else int(kv_gib * 2**30), max_rows=max_rows,
         prefill_chunk=prefill_chunk, model_digest=digest, kernels=kernels,
     )  # fmt: skip
+    speculator = Speculator(None if drafter is None else _draft_model(drafter, runner, kernels), draft_nodes)
     return_freed_memory()
     engine = Engine(
         runner, checkpoint.load_tokenizer(folder), eos_ids=decoder.shape.eos_ids,
         limits=limits or Limits(max_queue=max_queue, max_model_len=max_model_len),
-        model_name=checkpoint.model_id(model),
+        speculator=speculator, model_name=checkpoint.model_id(model),
     )  # fmt: skip
     log.info(
         "%s in %s on %d threads, %d cache slots, %s", engine.model_name, dtype, torch.get_num_threads(),
         runner.capacity.slots, runner.fingerprint,
     )  # fmt: skip
     return engine
+
+
+def _draft_decoder(draft: str, decoder: Decoder, dtype: torch.dtype, transform: Transform | None) -> Decoder:
+    """The draft model, stored as the target is unless it has a storage format of its own."""
+    kind, _, count = draft.partition(":")
+    if kind == "skip":
+        if not count.isdecimal():
+            raise AxiconError(f"draft={draft}: say how many blocks to keep, as in draft=skip:8")
+        return skip_blocks(decoder, int(count))
+    folder = checkpoint.resolve(draft)
+    found = checkpoint.load(folder, dtype=dtype)
+    if found.shape.vocab != decoder.shape.vocab:
+        raise AxiconError(
+            f"draft={draft}: its vocabulary has {found.shape.vocab} tokens, that of the model "
+            f"{decoder.shape.vocab}; a draft model needs the same tokenizer"
+        )
+    if found.shape.max_positions < decoder.shape.max_positions:
+        raise AxiconError(
+            f"draft={draft}: it knows {found.shape.max_positions} positions, the model "
+            f"{decoder.shape.max_positions}"
+        )
+    return found if transform is None or checkpoint.packed_formats(folder) else transform(found)
+
+
+def _draft_model(drafter: Decoder, runner: LocalRunner, kernels: Kernels) -> DraftModel:
+    """With a cache for as many slots as the target has, so that whoever is admitted there fits here."""
+    capacity = runner.capacity
+    shapes = [(block.kv_heads, block.head_width) for block in drafter.shape.blocks]
+    per_slot = sum(2 * groups * width * drafter.dtype.itemsize for groups, width in shapes)
+    layers = len(shapes)
+    return DraftModel(
+        LocalRunner(
+            drafter, kv_bytes=-(-capacity.slots * per_slot * (layers + 1) // layers) + per_slot,
+            max_rows=capacity.max_rows, prefill_chunk=capacity.prefill_chunk, kernels=kernels,
+        )
+    )  # fmt: skip

@@ -387,7 +387,7 @@ class Engine:
         self.decode_only = prompt == 0
         if self.decode_only:
             self._decode_steps.note(seconds)
-            self.speculator.cost.note(self._step_tokens, seconds)
+            self.speculator.note(self._step_tokens, seconds)
 
 
 def _longest(runner: Runner, limits: Limits) -> int:

@@ -52,6 +52,22 @@ class StepCost:
         return max(0.1 * self._seconds, self._seconds + self.slope * (nodes - self._nodes))
 
 
+class DraftCost:
+    """Seconds that a draft model takes for a level of its trees."""
+
+    def __init__(self) -> None:
+        self._level = 0.0
+
+    def note(self, levels: int, seconds: float) -> None:
+        if levels:
+            found = seconds / levels
+            # The first time something is built or read that later ones find there.
+            self._level = 0.9 * self._level + 0.1 * found if self._level else found
+
+    def seconds(self, levels: int) -> float:
+        return self._level * levels
+
+
 class Odds:
     """How often guesses of some kinds turn out right, by kind."""
 

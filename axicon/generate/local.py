@@ -256,6 +256,7 @@ def load(
     max_model_len: int | None = None,
     revision: str | None = None,
     offline: bool | None = None,
+    draft: str | None = None,
 ) -> LocalModel:
     """Load a model into this process: `demo`, a directory, a .gguf file, or a hub id.
 
@@ -263,6 +264,6 @@ def load(
     """
     engine = build_engine(
         model, dtype=dtype, threads=threads, kv_gib=kv_gib, max_rows=max_rows, prefill_chunk=prefill_chunk,
-        revision=revision, offline=offline, limits=Limits(max_model_len=max_model_len),
+        revision=revision, offline=offline, limits=Limits(max_model_len=max_model_len), draft=draft,
     )  # fmt: skip
     return LocalModel(engine)

@@ -9,6 +9,9 @@ and the tokens are those of a run without guesses; `judge` is the other way, rec
 from __future__ import annotations
 
 import logging
+import math
+import secrets
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate, count
@@ -19,14 +22,15 @@ import torch
 from torch import Tensor
 
 from axicon.generate.drafting import DRAFTERS
-from axicon.generate.gain import Odds, StepCost, worth_checking
+from axicon.generate.draftmodel import Ask, DraftModel
+from axicon.generate.gain import DraftCost, Odds, StepCost, worth_checking
 from axicon.generate.request import DraftStats, RequestError, Speculation
 from axicon.generate.sampling.gumbel import stream_key
 from axicon.generate.sampling.sample import Row, law
 from axicon.generate.scheduler import Stream, Work
 from axicon.generate.verify import RULES, reject
 from axicon.kernels.sampling import GOLDEN, splitmix
-from axicon.protocols import Drafter, DraftTree, Reader, Sampler
+from axicon.protocols import Drafter, DraftTree, Grower, Reader, Sampler
 
 log = logging.getLogger("axicon")
 
@@ -34,8 +38,12 @@ MOST_NODES = 64
 """Of one tree, unless the deployment says otherwise."""
 MATCHES = (0.0, 0.25, 0.6, 0.7, 0.8, 0.9)
 """Odds of a guess by the length of the match it comes from, before anything was measured."""
+ACCEPTED = 0.6
+"""Odds of a draft model's node, given its parent was right, before anything was measured."""
 PATIENCE = 64
 """Guesses in a row that were not checked after which guessing counts as switched off."""
+RETRY = 256
+"""Steps after which a draft model that did not pay is tried again; twice as many each time it is in vain."""
 
 
 def read(asked: Speculation, most_nodes: int, models: bool) -> Drafter:
@@ -73,7 +81,10 @@ class Guesser:
     method: Drafter
     exact: bool
     """Coupled verification: the tokens are those of a run without guesses."""
+    seed: int
+    """Of the noise that drafts are drawn with."""
     guess: tuple[int, ...] = ()
+    """What was read off the text, whether it is checked or not."""
     kind: int = 0
     """What its odds are known by."""
     accepted: int = 0
@@ -91,6 +102,10 @@ class Record:
     gain: float = 1.0
     idle: int = 0
     """Guesses since one was checked."""
+    pause: int = RETRY
+    odds: Odds = field(default_factory=lambda: Odds([ACCEPTED] * MOST_NODES))
+    """Of a draft model's nodes, by depth."""
+    draft: DraftCost = field(default_factory=DraftCost)
 
     def read(self) -> DraftStats:
         return DraftStats(
@@ -100,21 +115,29 @@ class Record:
 
 
 class Speculator:
-    """Guesses for the streams of one engine."""
+    """Guesses for the streams of one engine, the simple ones read off the text, the others with a draft model
+    if there is one.
+    """
 
-    def __init__(self, most_nodes: int = MOST_NODES, always: bool = False) -> None:
+    def __init__(
+        self, draft: DraftModel | None = None, most_nodes: int = MOST_NODES, always: bool = False
+    ) -> None:
         self.most_nodes = most_nodes
-        self.cost = StepCost()
         self.always = always
         """Check every guess, whatever it costs: for comparisons and tests."""
+        self.models = draft is not None
+        """Whether methods that need a draft model can be asked for."""
+        self._draft = draft
+        self._cost = StepCost()
+        self._drafting_s = 0.0
+        """Seconds of this step that the draft model took."""
         self._guessers: dict[Stream, Guesser] = {}
         self._odds = Odds(MATCHES)
         self._records: dict[str, Record] = {}
 
-    @property
-    def models(self) -> bool:
-        """Whether methods that need a draft model can be asked for."""
-        return False
+    def note(self, nodes: int, seconds: float) -> None:
+        """A step without prompts took so long, with all that was guessed in it."""
+        self._cost.note(nodes, seconds - self._drafting_s)
 
     def begin(self, stream: Stream) -> None:
         """A request came in. Raises RequestError for a way to guess that is not there."""
@@ -125,11 +148,14 @@ class Speculator:
         method = read(asked, self.most_nodes, self.models)
         verify = asked.verify or ("rrs" if params.seed is None else "coupled")
         exact = params.temperature == 0 or verify == "coupled"
-        self._guessers[stream] = Guesser(asked.method, method, exact)
+        seed = secrets.randbits(63) if params.seed is None else params.seed
+        self._guessers[stream] = Guesser(asked.method, method, exact, seed)
         self._records.setdefault(asked.method, Record())
 
     def forget(self, stream: Stream) -> None:
         self._guessers.pop(stream, None)
+        if self._draft is not None:
+            self._draft.forget(stream)
 
     def stats(self) -> Mapping[str, DraftStats]:
         return {name: record.read() for name, record in self._records.items()}
@@ -141,25 +167,110 @@ class Speculator:
 
     def propose(self, work: list[Work]) -> list[Work]:
         """The same work with trees where they pay."""
+        self._drafting_s = 0.0
         if not self._guessers:
+            if self._draft is not None:
+                self._draft.flush()
             return work
+        decoding = [one.stream for one in work if not one.stream.prompt_left]
+        trees = self._read(decoding)
+        if self._draft is not None:
+            trees |= self._grow(decoding)
+        return [replace(one, tree=trees[one.stream]) if one.stream in trees else one for one in work]
+
+    def _read(self, decoding: Sequence[Stream]) -> dict[Stream, DraftTree]:
+        """Guesses that are read off the text."""
         guessing = []
-        for place, one in enumerate(work):
-            guesser = self._guessers.get(one.stream)
-            if guesser is not None and not one.stream.prompt_left:
-                guesser.guess = self._guess(one.stream, guesser)
+        for stream in decoding:
+            guesser = self._guessers.get(stream)
+            if guesser is not None and not guesser.method.needs_model:
+                guesser.guess = self._guess(stream, guesser)
                 if guesser.guess:
-                    guessing.append((place, guesser))
+                    guessing.append((stream, guesser))
         if not guessing:
-            return work
-        decoding = sum(not one.stream.prompt_left for one in work)
-        lengths = self._lengths([guesser for _, guesser in guessing], decoding)
-        result = list(work)
-        for (place, guesser), length in zip(guessing, lengths, strict=True):
-            if length:
-                parents = tuple(range(-1, length - 1))
-                result[place] = replace(work[place], tree=DraftTree(guesser.guess[:length], parents))
-        return result
+            return {}
+        lengths = self._lengths([guesser for _, guesser in guessing], len(decoding))
+        return {
+            stream: DraftTree(guesser.guess[:length], tuple(range(-1, length - 1)))
+            for (stream, guesser), length in zip(guessing, lengths, strict=True)
+            if length
+        }
+
+    def _grow(self, decoding: Sequence[Stream]) -> dict[Stream, DraftTree]:
+        """Guesses of the draft model."""
+        assert self._draft is not None
+        groups: dict[str, list[Stream]] = {}
+        for stream in decoding:
+            guesser = self._guessers.get(stream)
+            if guesser is not None and guesser.method.needs_model:
+                groups.setdefault(guesser.name, []).append(stream)
+        asks = []
+        for name, streams in groups.items():
+            depth = self._depth(name, streams, len(decoding))
+            asks += [ask for ask in (self._ask(stream, depth) for stream in streams) if ask.depth > 0]
+        started = time.perf_counter()
+        try:
+            if not asks:
+                self._draft.flush()
+                return {}
+            trees = self._draft.draft(asks)
+        except Exception:
+            self._break([ask.stream for ask in asks])
+            return {}
+        self._drafting_s = time.perf_counter() - started
+        deepest = max((max(tree.depths(), default=0) for tree in trees.values()), default=0)
+        for name in groups:
+            self._records[name].draft.note(deepest, self._drafting_s)
+        return {stream: tree for stream, tree in trees.items() if len(tree)}
+
+    def _ask(self, stream: Stream, depth: int) -> Ask:
+        guesser = self._guessers[stream]
+        method = cast(Grower, guesser.method)
+        depth = min(
+            depth, method.depth, _tokens_left(stream), _slots_left(stream) * method.depth // method.nodes
+        )
+        return Ask(stream, method, depth, stream.request.params.temperature, guesser.seed, guesser.exact)
+
+    def _depth(self, name: str, streams: Sequence[Stream], decoding: int) -> int:
+        """How deep the trees of one method pay, 0 where they do not."""
+        record, method = self._records[name], self._guessers[streams[0]].method
+        deepest = max(self._guessers[stream].method.depth for stream in streams)
+        if self.always:
+            return deepest
+        alone = self._cost.seconds(decoding) / decoding
+        best, gain, right = 0, 1.0, 0.0
+        for depth in range(1, deepest + 1) if alone else ():
+            right += math.prod(record.odds.of(kind) for kind in range(depth))
+            nodes = decoding + len(streams) * depth * method.nodes / method.depth
+            seconds = self._cost.seconds(nodes) + record.draft.seconds(depth)
+            found = alone * (decoding + len(streams) * right) / seconds
+            if found > gain or (depth == 1 and best == 0):
+                record.gain = found
+            if found > gain:
+                best, gain = depth, found
+        if not alone or (best == 0 and record.idle >= record.pause):
+            # Nothing is known, or nothing new for a long time.
+            record.pause *= 2
+            record.idle = 0
+            return deepest
+        if best:
+            record.pause = RETRY
+        self._switch(name, record, best > 0, record.gain, decoding)
+        return best
+
+    def _break(self, streams: Sequence[Stream]) -> None:
+        """Drafting raised: these requests go on without, and the draft model forgets all it holds."""
+        assert self._draft is not None
+        for stream in streams:
+            self._fail(stream, self._guessers[stream])
+        try:
+            self._draft.reset()
+        except Exception:
+            log.exception("the draft model is given up")
+            for stream, guesser in list(self._guessers.items()):
+                if guesser.method.needs_model:
+                    self._fail(stream, guesser)
+            self._draft = None
 
     def _guess(self, stream: Stream, guesser: Guesser) -> tuple[int, ...]:
         try:
@@ -168,7 +279,7 @@ class Speculator:
             self._fail(stream, guesser)
             return ()
         guesser.kind = min(len(MATCHES) - 1, len(guess).bit_length())
-        return guess[: _room(stream)]
+        return guess[: max(0, min(_tokens_left(stream), _slots_left(stream)))]
 
     def _fail(self, stream: Stream, guesser: Guesser) -> None:
         log.exception("request %s goes on without speculation: %s failed", stream.request.id, guesser.name)
@@ -180,7 +291,7 @@ class Speculator:
         if self.always:
             return [len(one.guess) for one in guessers]
         odds = [list(accumulate([self._odds.of(one.kind)] * len(one.guess), mul)) for one in guessers]
-        lengths, gain = worth_checking(odds, streams, self.cost)
+        lengths, gain = worth_checking(odds, streams, self._cost)
         for one, length in zip(guessers, lengths, strict=True):
             self._switch(one.name, self._records[one.name], bool(length), gain, streams)
         return lengths
@@ -227,17 +338,27 @@ class Speculator:
                 break
         guesser.guess = ()
         path = one.tree.follow(emitted)
+        record = self._records[guesser.name]
+        if guesser.method.needs_model and len(one.tree):
+            deepest = max(one.tree.depths())
+            for kind in range(min(len(path) + 1, deepest, len(emitted))):
+                record.odds.note(kind, kind < len(path))
+            if self._draft is not None:
+                self._draft.settle(one.stream, path)
         guesser.accepted += len(path)
         guesser.rejected += len(one.tree) - len(path)
-        record = self._records[guesser.name]
         _add(record.drafted, one.tree.depths())
         _add(record.accepted, range(1, len(path) + 1))
 
 
-def _room(stream: Stream) -> int:
-    """Tokens that may be guessed: one is drawn behind them, and what is computed must fit."""
-    left = stream.request.params.max_tokens - stream.generated - 1
-    return max(0, min(left, stream.slots - len(stream.tokens)))
+def _tokens_left(stream: Stream) -> int:
+    """Tokens that may be guessed: one is drawn behind them."""
+    return stream.request.params.max_tokens - stream.generated - 1
+
+
+def _slots_left(stream: Stream) -> int:
+    """Nodes that fit behind the last token."""
+    return stream.slots - len(stream.tokens)
 
 
 def _add(counts: list[int], depths: Sequence[int]) -> None:

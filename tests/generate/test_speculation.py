@@ -334,8 +334,8 @@ def test_guessing_is_switched_off_and_on_again_and_says_so(runner64, letters, ca
     engine = Engine(runner64, letters, eos_ids=[1])
     speculator = engine.speculator
     for i in range(300):  # nodes cost as much as steps: nothing is worth a guess
-        speculator.cost.note(1 + i % 8, 0.5 + i % 8)
-    speculator.cost.note = lambda nodes, seconds: None
+        speculator.note(1 + i % 8, 0.5 + i % 8)
+    learn, speculator.note = speculator.note, lambda nodes, seconds: None
     bias = dict.fromkeys((7, 8), 50.0)
     with caplog.at_level(logging.INFO, logger="axicon"):
         found = drain(engine, request("a", repeating(1), max_tokens=200, logit_bias=bias))["a"]
@@ -343,7 +343,7 @@ def test_guessing_is_switched_off_and_on_again_and_says_so(runner64, letters, ca
         stats = engine.stats().drafts["lookup"]
         assert stats.left_out > 64
         for i in range(300):
-            StepCost.note(speculator.cost, 1 + i % 8, 1.0)
+            learn(1 + i % 8, 1.0)
         caplog.clear()
         again = drain(engine, request("b", repeating(1), max_tokens=200, logit_bias=bias))["b"]
     assert tokens_of(again) == tokens_of(found)
