@@ -21,14 +21,18 @@ import torch
 from torch import Tensor, nn
 
 from axicon.compress.calibration import observe, through
+from axicon.compress.columns import compensate, inverse_factor
 from axicon.compress.grid import Grid, Kind, groups_of, packed
 from axicon.compress.head import Head, pack_head
+from axicon.compress.moments import Hessian
 from axicon.compress.rules import Rules, check_rules, products
 from axicon.errors import AxiconError
 from axicon.model.decoder import Block, Decoder
 from axicon.model.group_int import BITS, GroupIntLinear
 
 log = logging.getLogger("axicon")
+ROWS_AT_ONCE = 256
+"""Of a matrix whose columns are put in another order."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,8 +108,9 @@ class GPTQ:
         order_I = torch.arange(linear.in_features)
         if self.act_order:
             order_I = hessian_II.diagonal().argsort(descending=True, stable=True)
-            hessian_II, weight_OI = hessian_II[order_I][:, order_I], weight_OI[:, order_I]
+            hessian_II, weight_OI = reordered(hessian_II, order_I), weight_OI[:, order_I]
         factor_II = inverse_factor(hessian_II, self.damping)
+        del hessian_II
         if factor_II is None:
             log.warning("gptq: %s is rounded plainly: its inputs leave H singular at any damping", name)
             factor_II = torch.eye(linear.in_features)
@@ -126,34 +131,11 @@ class GPTQ:
 
         With a `static` grid a column's group is that of its place in the weight's own order.
         """
-        outputs, inputs = weight_OI.shape
-        groups = 1 if self.group <= 0 else inputs // self.group
-        scale_OG, zero_OG = torch.empty(outputs, groups), torch.empty(outputs, groups)
-        if static is not None:
-            scale_OG, zero_OG = static.scale.view(outputs, groups), static.zero.view(outputs, groups)
-        codes_OI = torch.empty(outputs, inputs, dtype=torch.uint8)
-        grid = Grid(scale_OG[:, :1], zero_OG[:, :1], self.bits, self.grid)
-        weight_OI = weight_OI.clone()
-        for piece in self._pieces(inputs, fitted=static is not None):
-            if static is None and piece.start % self.group == 0:
-                rest = weight_OI[:, piece.start : piece.start + self.group]
-                grid = Grid.fit(rest, self.bits, self.grid, search=self.search)
-                scale_OG[:, piece.start // self.group] = grid.scale[:, 0]
-                zero_OG[:, piece.start // self.group] = grid.zero[:, 0]
-            # Columns as rows: every step below reads and writes memory that lies together.
-            part_JO = weight_OI[:, piece].T.contiguous()
-            factor_JJ = factor_II[piece, piece]
-            error_JO = torch.empty_like(part_JO)
-            for j, column in enumerate(range(piece.start, piece.stop)):
-                if static is not None and self.group > 0:
-                    at = int(order_I[column]) // self.group
-                    grid = dataclasses.replace(grid, scale=scale_OG[:, at, None], zero=zero_OG[:, at, None])
-                code_O1 = grid.codes(part_JO[j, :, None])
-                codes_OI[:, column] = code_O1[:, 0]
-                error_JO[j] = (part_JO[j] - grid.values(code_O1)[:, 0]) / factor_JJ[j, j]
-                part_JO[j + 1 :].addr_(factor_JJ[j, j + 1 :], error_JO[j], alpha=-1)
-            weight_OI[:, piece.stop :].addmm_(error_JO.T, factor_II[piece, piece.stop :], alpha=-1)
-        return codes_OI, Grid(scale_OG.reshape(-1, 1), zero_OG.reshape(-1, 1), self.bits, self.grid)
+        columns = _Columns(self, weight_OI.shape, static, order_I)
+        pieces = self._pieces(weight_OI.shape[1], fitted=static is not None)
+        compensate(weight_OI.clone(), factor_II, pieces, columns)
+        grid = Grid(columns.scale_OG.reshape(-1, 1), columns.zero_OG.reshape(-1, 1), self.bits, self.grid)
+        return columns.codes_OI, grid
 
     def _pieces(self, inputs: int, fitted: bool) -> Iterator[slice]:
         """Columns whose updates are made at once; none goes over the edge of a group that is still to fit."""
@@ -166,40 +148,41 @@ class GPTQ:
             start = stop
 
 
-class Hessian:
-    """The mean of x x^T over the rows of a product's inputs, times 2, in float32."""
-
-    def __init__(self, inputs: int) -> None:
-        self.sum_II = torch.zeros(inputs, inputs)
-        self.rows = 0
-
-    def add(self, x_NI: Tensor) -> None:
-        x_NI = x_NI.reshape(-1, x_NI.shape[-1]).float()
-        self.sum_II.addmm_(x_NI.T, x_NI)
-        self.rows += len(x_NI)
-
-    def matrix(self, what: str) -> Tensor:
-        """Raises AxiconError, which begins with `what`, where an input was not finite."""
-        if not self.sum_II.diagonal().isfinite().all():
-            raise AxiconError(f"{what}: its inputs hold NaN or infinite values; try dtype=float32")
-        return self.sum_II.mul_(2 / max(self.rows, 1))
+def reordered(matrix_II: Tensor, order_I: Tensor) -> Tensor:
+    """Rows and columns in another order, with no more than a second matrix in memory."""
+    matrix_II = matrix_II[order_I]
+    for rows in matrix_II.split(ROWS_AT_ONCE):
+        rows.copy_(rows[:, order_I])
+    return matrix_II
 
 
-def inverse_factor(hessian_II: Tensor, damping: float) -> Tensor | None:
-    """U upper triangular with U^T U = (H + damping * mean diagonal)^-1, H used up; None where there is none.
+class _Columns:
+    """Rounds columns to the grid of their group, fitted when the loop comes to it unless it is static."""
 
-    Damping grows tenfold up to 1 until there is one.
-    """
-    mean = hessian_II.diagonal().mean()
-    added = 0.0
-    while True:
-        hessian_II.diagonal().add_((damping - added) * mean)
-        factor, failed = torch.linalg.cholesky_ex(hessian_II)
-        if not failed:
-            inverse = torch.cholesky_inverse(factor)
-            factor, failed = torch.linalg.cholesky_ex(inverse, upper=True)
-            if not failed and factor.isfinite().all():
-                return factor
-        if damping >= 1:
-            return None
-        added, damping = damping, min(max(10 * damping, 0.01), 1.0)
+    def __init__(self, method: GPTQ, shape: torch.Size, static: Grid | None, order_I: Tensor) -> None:
+        outputs, inputs = shape
+        groups = 1 if method.group <= 0 else inputs // method.group
+        self.method, self.static, self.order_I = method, static, order_I
+        self.scale_OG, self.zero_OG = torch.empty(outputs, groups), torch.empty(outputs, groups)
+        if static is not None:
+            self.scale_OG = static.scale.view(outputs, groups)
+            self.zero_OG = static.zero.view(outputs, groups)
+        self.codes_OI = torch.empty(outputs, inputs, dtype=torch.uint8)
+        self.grid = Grid(self.scale_OG[:, :1], self.zero_OG[:, :1], method.bits, method.grid)
+
+    def begin(self, piece: slice, rest_OJ: Tensor) -> None:
+        group = self.method.group
+        if self.static is None and piece.start % group == 0:
+            self.grid = Grid.fit(
+                rest_OJ[:, :group], self.method.bits, self.method.grid, search=self.method.search)
+            self.scale_OG[:, piece.start // group] = self.grid.scale[:, 0]
+            self.zero_OG[:, piece.start // group] = self.grid.zero[:, 0]
+
+    def column(self, index: int, weight_O: Tensor) -> Tensor:
+        if self.static is not None and self.method.group > 0:
+            at = int(self.order_I[index]) // self.method.group
+            self.grid = dataclasses.replace(
+                self.grid, scale=self.scale_OG[:, at, None], zero=self.zero_OG[:, at, None])
+        code_O1 = self.grid.codes(weight_O[:, None])
+        self.codes_OI[:, index] = code_O1[:, 0]
+        return self.grid.values(code_O1)[:, 0]

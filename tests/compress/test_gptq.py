@@ -9,8 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from axicon.compress.calibration import Calibration
-from axicon.compress.gptq import GPTQ, Hessian, inverse_factor
+from axicon.compress.columns import inverse_factor
+from axicon.compress.gptq import GPTQ
 from axicon.compress.grid import Grid, Kind, groups_of, packed
+from axicon.compress.moments import Hessian
 from axicon.compress.walk import compress
 from axicon.errors import AxiconError
 from axicon.model.decoder import Decoder
