@@ -106,7 +106,7 @@ def _draft_decoder(draft: str, decoder: Decoder, dtype: torch.dtype, transform: 
 
 
 def _draft_model(drafter: Decoder, runner: LocalRunner, kernels: Kernels) -> DraftModel:
-    """With a cache for as many slots as the target has, so that whoever is admitted there fits here."""
+    """With a cache for as many slots as the target has. Who finds no room there goes without guesses."""
     capacity = runner.capacity
     shapes = [(block.kv_heads, block.head_width) for block in drafter.shape.blocks]
     per_slot = sum(2 * groups * width * drafter.dtype.itemsize for groups, width in shapes)

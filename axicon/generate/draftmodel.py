@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import count
 
 import torch
 from torch import Tensor
@@ -109,6 +110,8 @@ class DraftModel:
     def __init__(self, runner: LocalRunner) -> None:
         self.runner = runner
         self._rows: dict[Stream, int] = {}
+        self._slots: dict[Stream, int] = {}
+        """Set aside for them."""
         self._computed: dict[Stream, int] = {}
         """Tokens in the cache, those among them that the next step commits."""
         self._commits: list[int] = []
@@ -119,12 +122,9 @@ class DraftModel:
         self._reserves: list[tuple[int, int]] = []
 
     def draft(self, asks: Sequence[Ask]) -> dict[Stream, DraftTree]:
-        """A tree for each whose prompt was read. Raises what computing raises."""
+        """A tree for each whose prompt was read and who found room. Raises what computing raises."""
         self._staged = {}
-        for ask in asks:
-            if ask.stream not in self._rows:
-                self._open(ask.stream)
-        ready = self._catch_up(asks)
+        ready = self._catch_up([ask for ask in asks if ask.stream in self._rows or self._open(ask)])
         deepest = max((one.ask.depth for one, _ in ready), default=0)
         growing = ready
         for depth in range(deepest):
@@ -143,8 +143,8 @@ class DraftModel:
         place = self._staged.pop(stream, None)
         if place is None:
             return
-        first, count = place
-        kept = [first + node for node in path if node < count]
+        first, size = place
+        kept = [first + node for node in path if node < size]
         self._commits = sorted([*self._commits, *kept])
         self._computed[stream] += len(kept)
 
@@ -152,6 +152,7 @@ class DraftModel:
         """A stream ended. Its row is free with the next step."""
         self._staged.pop(stream, None)
         self._computed.pop(stream, None)
+        self._slots.pop(stream, None)
         row = self._rows.pop(stream, None)
         if row is not None:
             self._releases.append(row)
@@ -163,16 +164,23 @@ class DraftModel:
 
     def reset(self) -> None:
         """Give up every row: after a failure nobody knows what is in the cache."""
-        self._rows, self._computed, self._staged = {}, {}, {}
+        self._rows, self._slots, self._computed, self._staged = {}, {}, {}, {}
         self._commits, self._reserves = [], []
         self._releases = list(self.runner.cache.rows)
         self.flush()
 
-    def _open(self, stream: Stream) -> None:
+    def _open(self, ask: Ask) -> bool:
+        """Take a row for a stream, with room for all of its text and a tree. False where none is left."""
+        request = ask.stream.request
+        most = len(request.prompt) + request.params.max_tokens + ask.method.nodes
+        slots = self.runner.slots_reserved(most)
+        if slots + sum(self._slots.values()) > self.runner.capacity.slots:
+            return False
         taken = {*self._rows.values(), *self._releases}
-        row = next(row for row in range(self.runner.capacity.max_rows + len(taken)) if row not in taken)
-        self._rows[stream], self._computed[stream] = row, 0
-        self._reserves.append((row, stream.slots))
+        row = next(row for row in count() if row not in taken)
+        self._rows[ask.stream], self._computed[ask.stream], self._slots[ask.stream] = row, 0, slots
+        self._reserves.append((row, slots))
+        return True
 
     def _catch_up(self, asks: Sequence[Ask]) -> list[tuple[Growth, Tensor]]:
         """Compute what came since the last time, a chunk of prompts at the most. Those who have caught up,
@@ -231,17 +239,17 @@ Node = tuple[int, int, int, int, bool]
 """Token, position, row, parent, whether its logits are wanted."""
 
 
-def best(logits_FV: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The largest `count` of each row, and where they are. They lie in the `count` blocks with the largest
+def best(logits_FV: Tensor, most: int) -> tuple[Tensor, Tensor]:
+    """The largest `most` of each row, and where they are. They lie in the `most` blocks with the largest
     maxima, so a vocabulary is not sorted for them."""
     rows, vocab = logits_FV.shape
-    if count == 1:
+    if most == 1:
         values_F, ids_F = logits_FV.max(-1)
         return values_F[:, None], ids_F[:, None]
-    if vocab % BLOCK or count >= vocab // BLOCK:
-        values_FC, ids_FC = logits_FV.topk(min(count, vocab), dim=-1)
+    if vocab % BLOCK or most >= vocab // BLOCK:
+        values_FC, ids_FC = logits_FV.topk(min(most, vocab), dim=-1)
         return values_FC, ids_FC
-    blocks_FB = logits_FV.view(rows, -1, BLOCK).amax(-1).topk(count, dim=-1).indices
+    blocks_FB = logits_FV.view(rows, -1, BLOCK).amax(-1).topk(most, dim=-1).indices
     ids_FN = (blocks_FB[:, :, None] * BLOCK + torch.arange(BLOCK)).flatten(1)
-    values_FC, places_FC = logits_FV.gather(1, ids_FN).topk(count, dim=-1)
+    values_FC, places_FC = logits_FV.gather(1, ids_FN).topk(most, dim=-1)
     return values_FC, ids_FN.gather(1, places_FC)

@@ -245,3 +245,16 @@ def test_a_draft_of_another_vocabulary_is_refused(folder):
         build_engine(str(folder), kv_gib=0.02, threads=1, draft="demo")
     with pytest.raises(AxiconError, match="as in draft=skip:8"):
         build_engine(str(folder), kv_gib=0.02, threads=1, draft="skip:some")
+
+
+def test_who_finds_no_room_in_the_drafts_cache_goes_without(decoder64, near, letters):
+    runner = LocalRunner(decoder64, kv_bytes=8 << 20, max_rows=8)
+    drafter = LocalRunner(near, kv_bytes=512 * 96 * 3 // 2, max_rows=8)
+    engine = Engine(runner, letters, eos_ids=[1], speculator=Speculator(DraftModel(drafter), always=True))
+    assert drafter.capacity.slots < 2 * drafter.slots_reserved(39)
+    found = drain(engine, request("a", max_tokens=40), request("b", max_tokens=4))
+    alone = drain(engine, request("b", max_tokens=4))["b"]
+    assert found["a"][-1].accepted > 0
+    assert (found["b"][-1].accepted, found["b"][-1].rejected) == (0, 0)
+    assert alone[-1].accepted + alone[-1].rejected > 0
+    assert tokens_of(found["b"]) == tokens_of(alone)
