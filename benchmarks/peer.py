@@ -244,6 +244,7 @@ PEERS: dict[str, str] = {
     "ctranslate2-int8": "others:CTranslate2Int8",
     "openvino-int8": "others:OpenVINO",
     "openvino-int4": "others:OpenVINOInt4",
+    "vllm": "others:VLLM",
 }
 
 

@@ -90,7 +90,8 @@ def run(
                 for warning in todo.warnings:
                     say(f"note: {warning}")
                 say(f"submitting {name}: {todo.entrypoint.removeprefix('exec ')}")
-                say(f"  to {found.url}, with {len(package.files)} files of {folder} ({size(package.bytes)})")
+                whose = how.working_dir or "axicon itself"
+                say(f"  to {found.url}, with {len(package.files)} files of {whose} ({size(package.bytes)})")
                 send(jobs, how, todo, package.folder, name, environment(todo, here) | secrets)
             else:
                 say(f"{name} runs already; this is its log")
