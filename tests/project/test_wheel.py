@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
+import os
 import subprocess
 import sys
 import tomllib
@@ -18,11 +20,16 @@ PACKAGES = {"axicon", "actors", "services", "jobs"}
 
 
 @pytest.fixture(scope="module")
-def names(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("wheel")
     command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(folder)]
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
     [wheel] = folder.glob("*.whl")
+    return wheel
+
+
+@pytest.fixture(scope="module")
+def names(wheel: Path) -> set[str]:
     with zipfile.ZipFile(wheel) as archive:
         return set(archive.namelist())
 
@@ -44,6 +51,32 @@ def test_recipes_are_in_it(names: set[str]) -> None:
     recipes = {f"jobs/recipes/{path.name}" for path in (ROOT / "recipes").glob("*.yaml")}
     assert "jobs/recipes/llm_int8.yaml" in recipes
     assert recipes <= names
+
+
+INSTALLED = """
+import json
+from jobs import cluster_file, command, parcel
+with parcel.working_folder(None) as folder:
+    sent = [str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()]
+print(json.dumps([str(cluster_file.shipped()), str(command.shipped("llm_int8.yaml")), sent]))
+"""
+
+
+def test_without_a_checkout_jobs_take_the_installed_packages_along(
+    wheel: Path, names: set[str], tmp_path: Path
+) -> None:
+    site, elsewhere = tmp_path / "site", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(site)
+    done = subprocess.run(
+        [sys.executable, "-c", INSTALLED], cwd=elsewhere, env=os.environ | {"PYTHONPATH": str(site)},
+        check=True, capture_output=True, text=True,
+    )  # fmt: skip
+    cluster, recipe, sent = json.loads(done.stdout)
+    assert cluster == str(site / "jobs" / "cluster.yaml")
+    assert recipe == str(site / "jobs" / "recipes" / "llm_int8.yaml")
+    assert set(sent) == {name for name in names if name.partition("/")[0] in PACKAGES}
 
 
 def test_nothing_but_the_project_is_in_it(names: set[str]) -> None:
