@@ -13,7 +13,6 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,9 +29,10 @@ from axicon.generate.request import (
     RequestError,
 )
 from axicon.generate.sampling import SAMPLERS
-from axicon.generate.sampling.sample import Row, logprobs, sample
+from axicon.generate.sampling.sample import logprobs
 from axicon.generate.scheduler import Scheduler, Stream, Work
 from axicon.generate.speculate import Speculator, read
+from axicon.generate.spots import Spot, choose, rows_of
 from axicon.generate.steptimes import StepClock
 from axicon.generate.validate import check_request
 from axicon.protocols import Runner, Sampler, StepInput
@@ -41,24 +41,6 @@ log = logging.getLogger("axicon")
 
 FAILURES_BORNE = 8
 """Failed steps in a row after which the engine gives up, so that whoever watches it can start another."""
-
-
-class Spot(NamedTuple):
-    """Where a token is drawn: behind a stream's last token, or behind a node of its tree that was right."""
-
-    work: Work
-    root: int
-    """Row of the last token's logits; those of the tree's nodes lie behind it."""
-    node: int = -1
-
-    @property
-    def row(self) -> int:
-        return self.root + 1 + self.node
-
-    def child(self, token: int) -> int | None:
-        """The first child that holds this token."""
-        tree = self.work.tree
-        return next((i for i in tree.children(self.node) if tree.tokens[i] == token), None)
 
 
 class Engine:
@@ -276,10 +258,9 @@ class Engine:
 
     def _draw_once(self, spots: Sequence[Spot], logits_WV: Tensor, deltas: dict[Stream, Delta]) -> list[Spot]:
         """The token behind each spot, added to the deltas; the spots whose children hold it come next."""
-        index = [spot.row for spot in spots]
-        logits_RV = logits_WV if index == list(range(len(logits_WV))) else logits_WV[index]
+        logits_RV = rows_of(logits_WV, [spot.row for spot in spots])
         rows = [self._answers[spot.work.stream].sampling(len(spot.work.stream.tokens)) for spot in spots]
-        tokens = self._choose(spots, logits_RV, rows)
+        tokens = choose(spots, logits_RV, rows, self._sampler, self.speculator)
         onward: list[Spot] = []
         for r, (spot, token) in enumerate(zip(spots, tokens, strict=True)):
             stream = spot.work.stream
@@ -306,35 +287,6 @@ class Engine:
             before = deltas.get(stream)
             deltas[stream] = delta if before is None else before.followed_by(delta)
         return onward
-
-    def _choose(self, spots: Sequence[Spot], logits_RV: Tensor, rows: Sequence[Row]) -> list[int | None]:
-        judged = {r for r, spot in enumerate(spots) if self.speculator.judges(spot.work, spot.node)}
-        if not judged:
-            return self._sample(logits_RV, rows)
-        tokens: list[int | None] = [None] * len(rows)
-        drawn = [r for r in range(len(rows)) if r not in judged]
-        if drawn:
-            found = self._sample(logits_RV[drawn], [rows[r] for r in drawn])
-            for r, token in zip(drawn, found, strict=True):
-                tokens[r] = token
-        for r in judged:
-            try:
-                tokens[r] = self.speculator.judge(
-                    spots[r].work, spots[r].node, logits_RV[r], rows[r], self._sampler
-                )
-            except Exception:
-                log.exception("verifying a guess of request %s failed", spots[r].work.stream.request.id)
-        return tokens
-
-    def _sample(self, logits_RV: Tensor, rows: Sequence[Row]) -> list[int | None]:
-        """All rows at once; one by one if that fails, to find the row it fails for."""
-        try:
-            return sample(logits_RV, rows, self._sampler)
-        except Exception:
-            log.exception("sampling a batch of %d failed", len(rows))
-            if len(rows) == 1:
-                return [None]
-            return [self._sample(logits_RV[r : r + 1], [row])[0] for r, row in enumerate(rows)]
 
     def _close(self, stream: Stream, reason: FinishReason, error: str | None = None) -> Delta:
         """End a stream without another token."""
