@@ -67,36 +67,41 @@ inline void tile_groups(const Linear& l, const int8_t* q, const Encoded* rows, i
     __m512 y[M][B];
     unroll<M>([&](auto m) { unroll<B>([&](auto b) { y[m][b] = _mm512_setzero_ps(); }); });
     for (int j = 0; j < G; ++j) {
-        __m512i acc[M][B];
+        // One row reads one stream of memory: four sums, as in linear.h.
+        constexpr int HALVES = NIBBLES ? 2 : 1, U = M * B == 1 ? 4 / HALVES : 1, SUMS = M * B == 1 ? 4 : 1;
+        __m512i part[M][B][SUMS], acc[M][B];
         unroll<M>([&](auto m) {
-            const __m512i start = _mm512_set1_epi32(-l.middle * rows[m].groups[j].sum);
-            unroll<B>([&](auto b) { acc[m][b] = start; });
-        });
-        for (int k = j * g; k < (j + 1) * g; k += STEP) {
-            __m512i low[B], high[B];
             unroll<B>([&](auto b) {
-                const auto* from = w + b * codes + size_t(k) / STEP * 64;
-                _mm_prefetch(reinterpret_cast<const char*>(from) + AHEAD, _MM_HINT_T0);
-                low[b] = _mm512_loadu_si512(from);
-                if constexpr (NIBBLES) {
-                    const __m512i half = _mm512_set1_epi8(15);
-                    high[b] = _mm512_and_si512(_mm512_srli_epi16(low[b], 4), half);
-                    low[b] = _mm512_and_si512(low[b], half);
-                }
+                part[m][b][0] = _mm512_set1_epi32(-l.middle * rows[m].groups[j].sum);
+                unroll<SUMS - 1>([&](auto u) { part[m][b][u + 1] = _mm512_setzero_si512(); });
             });
-            unroll<M>([&](auto m) {
-                const int8_t* x = q + size_t(m) * K + k;
-                int32_t four;
-                memcpy(&four, x, 4);
-                const __m512i first = _mm512_set1_epi32(four);
-                unroll<B>([&](auto b) { acc[m][b] = dot4(acc[m][b], low[b], first); });
-                if constexpr (NIBBLES) {
-                    memcpy(&four, x + 4, 4);
-                    const __m512i second = _mm512_set1_epi32(four);
-                    unroll<B>([&](auto b) { acc[m][b] = dot4(acc[m][b], high[b], second); });
-                }
+        });
+        for (int at = j * g; at < (j + 1) * g; at += U * STEP) {
+            unroll<U>([&](auto u) {
+                const int k = at + u * STEP;
+                __m512i code[HALVES][B];
+                unroll<B>([&](auto b) {
+                    const auto* from = w + b * codes + size_t(k) / STEP * 64;
+                    _mm_prefetch(reinterpret_cast<const char*>(from) + AHEAD, _MM_HINT_T0);
+                    code[0][b] = _mm512_loadu_si512(from);
+                    if constexpr (NIBBLES) {
+                        const __m512i half = _mm512_set1_epi8(15);
+                        code[1][b] = _mm512_and_si512(_mm512_srli_epi16(code[0][b], 4), half);
+                        code[0][b] = _mm512_and_si512(code[0][b], half);
+                    }
+                });
+                unroll<M>([&](auto m) {
+                    unroll<HALVES>([&](auto h) {
+                        int32_t four;
+                        memcpy(&four, q + size_t(m) * K + k + 4 * h, 4);
+                        const __m512i x = _mm512_set1_epi32(four);
+                        constexpr int sum = SUMS == 1 ? 0 : u * HALVES + h;
+                        unroll<B>([&](auto b) { part[m][b][sum] = dot4(part[m][b][sum], code[h][b], x); });
+                    });
+                });
             });
         }
+        unroll<M>([&](auto m) { unroll<B>([&](auto b) { acc[m][b] = total(part[m][b]); }); });
         unroll<B>([&](auto b) {
             const size_t at = b * shares + size_t(j) * LANES;
             const __m512 scale = load_scales(l.scale_type, scales + at * wide);

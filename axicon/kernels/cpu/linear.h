@@ -64,22 +64,29 @@ template <int M, int B, class Store>
 inline void tile_int8(const Linear& l, const int8_t* q, const Encoded* rows, int block, Store&& store) {
     const int K = l.inputs;
     const uint8_t* w = static_cast<const uint8_t*>(l.weight) + size_t(block) * K * LANES;
-    __m512i acc[M][B];
-    unroll<M>([&](auto m) { unroll<B>([&](auto b) { acc[m][b] = _mm512_setzero_si512(); }); });
-    for (int k = 0; k < K; k += 4) {
-        __m512i wv[B];
-        unroll<B>([&](auto b) {
-            const auto* from = w + (size_t(b) * K + k) * LANES;
-            _mm_prefetch(reinterpret_cast<const char*>(from) + AHEAD, _MM_HINT_T0);
-            wv[b] = _mm512_loadu_si512(from);
-        });
-        unroll<M>([&](auto m) {
-            int32_t four;
-            memcpy(&four, q + size_t(m) * K + k, 4);
-            const __m512i x = _mm512_set1_epi32(four);
-            unroll<B>([&](auto b) { acc[m][b] = dot4(acc[m][b], wv[b], x); });
+    // One row reads one stream of memory; four sums of it keep the instruction busy. Integers have the same sum in any
+    // order. K is a multiple of 16.
+    constexpr int U = M * B == 1 ? 4 : 1;
+    __m512i part[M][B][U], acc[M][B];
+    unroll<M>([&](auto m) { unroll<B>([&](auto b) { unroll<U>([&](auto u) { part[m][b][u] = _mm512_setzero_si512(); }); }); });
+    for (int at = 0; at < K; at += 4 * U) {
+        unroll<U>([&](auto u) {
+            const int k = at + 4 * u;
+            __m512i wv[B];
+            unroll<B>([&](auto b) {
+                const auto* from = w + (size_t(b) * K + k) * LANES;
+                _mm_prefetch(reinterpret_cast<const char*>(from) + AHEAD, _MM_HINT_T0);
+                wv[b] = _mm512_loadu_si512(from);
+            });
+            unroll<M>([&](auto m) {
+                int32_t four;
+                memcpy(&four, q + size_t(m) * K + k, 4);
+                const __m512i x = _mm512_set1_epi32(four);
+                unroll<B>([&](auto b) { part[m][b][u] = dot4(part[m][b][u], wv[b], x); });
+            });
         });
     }
+    unroll<M>([&](auto m) { unroll<B>([&](auto b) { acc[m][b] = total(part[m][b]); }); });
     unroll<M>([&](auto m) {
         const Encoded& e = rows[m];
         unroll<B>([&](auto b) {
@@ -150,7 +157,9 @@ inline void tile(const Linear& l, const char* q, const Encoded* rows, int row, i
 // All rows times `count` blocks of 16 outputs.
 template <class Store>
 inline void multiply(const Linear& l, const char* q, const Encoded* rows, int R, int block, int count, Store&& store) {
-    // One row is a matter of memory alone: four streams of weights at a time keep it busier than two.
+    // One row is a matter of memory alone, which is read fastest in one stream. The order of a float sum is fixed, so in
+    // bf16 it takes four streams not to wait for each addition.
+    for (; R == 1 && l.format != BF16 && count > 0; ++block, --count) tile<1, 1>(l, q, rows, 0, block, store);
     for (; R == 1 && count >= 4; block += 4, count -= 4) tile<1, 4>(l, q, rows, 0, block, store);
     for (; count > 0; block += 2, count -= 2) {
         auto some = [&](auto m, int row) {

@@ -44,4 +44,11 @@ inline __m512i dot4(__m512i acc, __m512i w, __m512i x) {
     return acc;
 }
 
+template <int U>
+inline __m512i total(const __m512i (&part)[U]) {
+    __m512i sum = part[0];
+    for (int u = 1; u < U; ++u) sum = _mm512_add_epi32(sum, part[u]);
+    return sum;
+}
+
 }  // namespace axicon
