@@ -16,13 +16,14 @@ With `permuted`, columns are stored in another order (GPTQ's act-order): stored 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Literal, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from axicon.errors import AxiconError
 from axicon.kernels import native
 from axicon.model.packed import PackedLinear, Setting, slice_of
 
@@ -142,6 +143,9 @@ class GroupIntLinear(PackedLinear):
     def forward(self, x: Tensor) -> Tensor:
         if self.order is not None:
             x = x[..., self.order.long()]
+        if x.is_cuda:
+            product = _product_on_gpu()
+            return product(x, self.qweight, self.scale, self.zero, self.bias, self.bits, self.group)
         return F.linear(x, self.stored().to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
 
     def why_not_native(self) -> str | None:
@@ -205,6 +209,17 @@ class GroupIntLinear(PackedLinear):
             None if self.zero is None else self.zero[:, groups], self.bias if rank == 0 else None,
             inputs=share, bits=self.bits, group=self.group,
         )  # fmt: skip
+
+
+def _product_on_gpu() -> Callable[..., Tensor]:
+    """The kernel of `group_int_triton`, imported late: Triton is not on every system."""
+    try:
+        from axicon.kernels.group_int_triton import group_int_linear
+    except ModuleNotFoundError as missing:
+        raise AxiconError(
+            f"group codes on a GPU need Triton ({missing}): pip install triton, or run the model on the CPU"
+        ) from missing
+    return group_int_linear
 
 
 def group_count(inputs: int, group: int) -> int:
