@@ -18,7 +18,7 @@ from torch import Tensor
 
 from axicon.errors import AxiconError
 from axicon.model.artefact import write_all
-from axicon.model.decoder import Block, Decoder, dense_attend, inverse_frequencies, rotary
+from axicon.model.decoder import Block, Decoder, Rotary, dense_attend, inverse_frequencies, rotary
 
 States = Sequence[Tensor]
 Store = Callable[[Iterable[Tensor]], States]
@@ -134,12 +134,16 @@ def embedded(part: Decoder, tokens_WT: Tensor) -> States:
 def sequences(block: Block, x_BTD: Tensor) -> Tensor:
     """Whole sequences through one block, causal, from position 0: (B, T, width out)."""
     batch, length, width = x_BTD.shape
-    turns = None
-    if block.rope is not None:
-        positions_N = torch.arange(length).repeat(batch)
-        turns = rotary(positions_N, inverse_frequencies(block.rope, block.shape.head_width), x_BTD.dtype)
-    y_ND = block(x_BTD.reshape(-1, width), turns, dense_attend(batch))
+    y_ND = block(x_BTD.reshape(-1, width), rotation(block, batch, length, x_BTD.dtype), dense_attend(batch))
     return cast(Tensor, y_ND.view(batch, length, -1))
+
+
+def rotation(block: Block, batch: int, length: int, dtype: torch.dtype) -> Rotary | None:
+    """Of whole sequences one after the other; None with learned positions."""
+    if block.rope is None:
+        return None
+    positions_N = torch.arange(length).repeat(batch)
+    return rotary(positions_N, inverse_frequencies(block.rope, block.shape.head_width), dtype)
 
 
 def through(block: Block, inputs: States) -> States:

@@ -26,6 +26,26 @@ class Hessian:
         return self.sum_II.mul_(2 / max(self.rows, 1))
 
 
+class GroupHessian:
+    """The sum of x x^T over the rows of a product's inputs, for each group of neighbouring inputs alone:
+    float32 (G, K, K).
+    """
+
+    def __init__(self, inputs: int, group: int) -> None:
+        """`group` divides the inputs, or is 0 or less for one over all."""
+        self.width = group if group > 0 else inputs
+        self.sum_GKK = torch.zeros(inputs // self.width, self.width, self.width)
+
+    def add(self, x_NI: Tensor) -> None:
+        x_GNK = x_NI.reshape(-1, *self.sum_GKK.shape[:2]).transpose(0, 1).float()
+        self.sum_GKK.baddbmm_(x_GNK.mT, x_GNK)
+
+    def divide(self, scale_I: Tensor) -> None:
+        """What it would be of inputs divided by a scale each."""
+        scale_GK = scale_I.view(-1, self.width)
+        self.sum_GKK.div_(scale_GK[:, :, None]).div_(scale_GK[:, None])
+
+
 class Magnitude:
     """Mean and largest |x| of each input of a product, in float32."""
 

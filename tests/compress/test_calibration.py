@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from axicon.compress.awq import AWQ
 from axicon.compress.calibration import (
     Calibration,
     OnDisk,
@@ -21,11 +22,13 @@ from axicon.compress.calibration import (
 )
 from axicon.compress.directory import compress_blocks, write_calibrated
 from axicon.compress.gptq import GPTQ
+from axicon.compress.smooth_quant import SmoothQuant
 from axicon.compress.walk import compress, step, walk
 from axicon.compress.work import Work, work_folder
 from axicon.errors import AxiconError
 from axicon.model import checkpoint
 from axicon.model.decoder import Block, Decoder
+from axicon.protocols import Compressor
 from tests.parity.variants import saved
 
 TOKENS = torch.randint(0, 97, (5, 24), generator=torch.Generator().manual_seed(1))
@@ -161,10 +164,32 @@ def test_block_by_block_from_disk_is_the_model_in_memory(
 ) -> None:
     saved(variant, tmp_path / "dense")
     method = GPTQ(group=16, rules={"blocks.1.qkv": "skip", "*.down": {"bits": 8}})
-    calibration = Calibration(TOKENS, dense=dense)
-    want = compress(method, checkpoint.load(tmp_path / "dense"), calibration)
-    # A new object after every block: each one goes on from the folder alone.
-    target, dtype = tmp_path / "small", torch.bfloat16
+    goes_on_from_the_folder(method, tmp_path, Calibration(TOKENS, dense=dense), on_disk)
+
+
+@pytest.mark.parametrize("variant", ["llama_grouped", "opt", "neox"])
+@pytest.mark.parametrize("method", [AWQ(group=16), SmoothQuant(pairs="all")], ids=["awq", "smooth_quant"])
+def test_norms_and_biases_that_a_method_changes_are_kept(
+    method: Compressor, variant: str, tmp_path: Path
+) -> None:
+    """The others of a block stay on the way; states are computed again from them."""
+    saved(variant, tmp_path / "dense")
+    goes_on_from_the_folder(method, tmp_path, Calibration(TOKENS), on_disk=False)
+    dense, got = (checkpoint.load(tmp_path / name).state_dict() for name in ("dense", "small"))
+    both = got.keys() & dense.keys()
+    changed = {name.split(".", 2)[2] for name in both if not got[name].equal(dense[name])}
+    norms = {"attention_norm.weight", "mlp_norm.weight"}
+    biases = {name.replace("weight", "bias") for name in norms}
+    assert changed >= norms
+    assert changed >= (set() if variant == "llama_grouped" else biases)
+
+
+def goes_on_from_the_folder(
+    method: Compressor, folder: Path, calibration: Calibration, on_disk: bool
+) -> None:
+    """Block by block, with a new object after every one, and compare with the model compressed in memory."""
+    want = compress(method, checkpoint.load(folder / "dense"), calibration)
+    target, dtype = folder / "small", torch.bfloat16
     for done in range(3):
         work = Work(work_folder(target), {"plan": 1})
         assert (work.done, work.cleared) == (done, False)
@@ -176,11 +201,11 @@ def test_block_by_block_from_disk_is_the_model_in_memory(
 
         with pytest.raises(Enough):
             compress_blocks(
-                method, tmp_path / "dense", work, calibration, dtype=dtype, on_disk=on_disk, progress=one)
+                method, folder / "dense", work, calibration, dtype=dtype, on_disk=on_disk, progress=one)
     kept = list(work.folder.rglob("states"))
     assert len(kept) == 0
     target.mkdir()
-    write_calibrated(tmp_path / "dense", target, work, dtype=dtype)
+    write_calibrated(folder / "dense", target, work, dtype=dtype)
     got = checkpoint.load(target)
     assert got.state_dict().keys() == want.state_dict().keys()
     assert all(torch.equal(value, want.state_dict()[name]) for name, value in got.state_dict().items())

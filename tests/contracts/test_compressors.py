@@ -23,11 +23,12 @@ from axicon.model.shape import ModelShape
 from axicon.model.tensorwriter import write_weights
 from axicon.model.weights import stored_tensors
 
-SIZES = {"vocab_size": 160, "num_hidden_layers": 2, "hidden_size": 96, "max_position_embeddings": 64}
+SIZES = {"vocab_size": 160, "num_hidden_layers": 2, "hidden_size": 128, "max_position_embeddings": 64}
 CONFIGS = {
-    "llama": SIZES | {"model_type": "llama", "intermediate_size": 160, "num_attention_heads": 3,
-                      "num_key_value_heads": 1, "tie_word_embeddings": True},
-    "opt": SIZES | {"model_type": "opt", "ffn_dim": 160, "num_attention_heads": 3, "word_embed_proj_dim": 96},
+    "llama": SIZES | {"model_type": "llama", "intermediate_size": 256, "num_attention_heads": 4,
+                      "num_key_value_heads": 2, "tie_word_embeddings": True},
+    "opt": SIZES | {"model_type": "opt", "ffn_dim": 256, "num_attention_heads": 4,
+                    "word_embed_proj_dim": 128},
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import json
 import multiprocessing
@@ -30,6 +31,7 @@ from tests.faults import failing, failures
 from tests.services.fake_engine import byte_tokenizer
 
 GPTQ = {"method": "gptq", "group": 32}
+OTHERS = [{"method": "awq", "group": 32}, {"method": "smooth_quant", "pairs": "all"}]
 LAYERS = 3
 
 
@@ -267,6 +269,32 @@ class TestEnds:
         process.start()
         process.join()
         assert process.exitcode == 0
+
+
+@pytest.mark.parametrize("method", OTHERS, ids=lambda method: method["method"])
+def test_other_methods_killed(method: dict[str, Any], dense: Path, prose: Path, tmp_path: Path) -> None:
+    """Their scaled norms are in the finished blocks, from which the states of the next are computed again."""
+    process = multiprocessing.get_context("spawn").Process(
+        target=_kill_at_some_points, args=(method, dense, prose, tmp_path))
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+
+
+def _kill_at_some_points(method: dict[str, Any], dense: Path, prose: Path, tmp_path: Path) -> None:
+    settings = {"compressor": method, "calibration": {"text": str(prose), "activations": "memory"}}
+    assert _forked(lambda: run(dense, tmp_path / "want", **copy.deepcopy(settings))) == 0
+    target = tmp_path / "out" / "small"
+
+    def die(number: int) -> None:
+        with failing(number, kill=True):
+            run(dense, target, **copy.deepcopy(settings))
+
+    for number in (20, 30):
+        assert _forked(lambda n=number: die(n)) == -signal.SIGKILL, number
+        assert not target.exists()
+    assert _forked(lambda: run(dense, target, **copy.deepcopy(settings))) == 0
+    assert manifest(target)["files"] == manifest(tmp_path / "want")["files"]
 
 
 def _operations(action: Callable[[], object]) -> int:
