@@ -176,7 +176,7 @@ class ServeRecipe(ModelRecipe):
     max_queue: int = Field(256, ge=0, description="choices that may wait; more is a 429")
     max_model_len: int | None = Field(None, ge=2, description="prompt plus output; none: all the model knows")
     draft: str | None = Field(
-        None, description="model that guesses ahead: skip:8 is this one with 8 of its blocks; or a model"
+        None, description="model that guesses ahead: skip:20 is this one with 20 blocks; or a model"
     )
     draft_nodes: int = Field(64, ge=1, le=1024, description="guessed tokens of one request checked at once")
     limits: RequestLimits = Field(RequestLimits(), description="the most one request may ask for")

@@ -46,7 +46,7 @@ SHAPES = (
 
 class SpeculationBench(ModelRecipe):
     data: Path = Field(description="folder with mt-bench and public-domain-text")
-    methods: Words = Field(("lookup",), description="methods to time, with their own width and depth")
+    methods: Words = Field(("lookup",), description="methods to time, as they are by themselves; empty: none")
     streams: Counts = Field((1, 4, 16), min_length=1, description="streams at the same time, comma between")
     prompts: int = Field(16, ge=1, description="prompts of each kind per number of streams")
     new_tokens: int = Field(128, ge=2, description="the most tokens of an answer")
@@ -189,7 +189,7 @@ def measure(recipe: SpeculationBench) -> dict[str, Any]:
         for kind, some in texts(recipe.data).items()
     }  # fmt: skip
     run(engine, kinds["open"][:2], 1, SamplingParams(max_tokens=16, temperature=0.0))
-    rows = timed(recipe, engine, kinds)
+    rows = timed(recipe, engine, kinds) if recipe.methods else []
     shapes = counted(recipe, engine, kinds["open"][: recipe.prompts]) if recipe.shapes else []
     shown = recipe.model_dump(mode="json", exclude={"data", "out"})
     return {**before, "recipe": shown, "rows": rows, "shapes": shapes}
@@ -215,7 +215,7 @@ def tables(result: Mapping[str, Any]) -> list[Table]:
         found.setdefault(key, []).append(row["tokens_per_step"])
     for key, values in found.items():
         shapes.add_row(*(str(x) for x in key), *(f"{value:.2f}" for value in values))
-    return [speed, shapes] if found else [speed]
+    return [*([speed] if result["rows"] else []), *([shapes] if found else [])]
 
 
 def main(words: Sequence[str]) -> None:

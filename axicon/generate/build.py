@@ -6,6 +6,7 @@ import logging
 from typing import Literal, Protocol
 
 import torch
+from torch import Tensor
 
 from axicon.errors import AxiconError
 from axicon.generate.draftmodel import DraftModel
@@ -21,6 +22,14 @@ from axicon.model.skip import skip_blocks
 log = logging.getLogger("axicon")
 
 Dtype = Literal["bfloat16", "float32"]
+
+PROBE = (
+    "When the ship came into the harbour in the morning, nobody was there to meet it. The captain, who had "
+    "written twice, waited for an hour; then he sent two of his men ashore to ask what had happened. They "
+    "came back with bread, a newspaper of the day before, and three questions:\n"
+    "1. How many people are on board?\n2. What do you carry, and for whom?\n3. Do you know that the war is over?"
+)
+"""A text on which blocks show how much they do."""
 
 
 class Transform(Protocol):
@@ -53,8 +62,8 @@ def build_engine(
 
     threads: compute threads of this thread, None for one per core. kv_gib: memory for keys and values, None
     for what `LocalRunner` takes. `limits` overrides max_queue and max_model_len. `transform` changes the
-    loaded model before it is packed for the kernels. `draft` is a model that guesses ahead: `skip:8` for a
-    copy of this one with 8 of its blocks, or a model's name; `draft_nodes` bounds a request's trees. Raises
+    loaded model before it is packed for the kernels. `draft` is a model that guesses ahead: `skip:20` for a
+    copy of this one with 20 of its blocks, or a model's name; `draft_nodes` bounds a request's trees. Raises
     AxiconError for what cannot be served.
     """
     torch.set_num_threads(threads or cores())
@@ -64,7 +73,11 @@ def build_engine(
     if transform is not None:
         decoder = transform(decoder)
         digest += f" {transform}"
-    drafter = None if draft is None else _draft_decoder(draft, decoder, getattr(torch, dtype), transform)
+    tokenizer = checkpoint.load_tokenizer(folder)
+    drafter = None
+    if draft is not None:
+        probe_T = torch.tensor(tokenizer.encode(PROBE))
+        drafter = _draft_decoder(draft, decoder, getattr(torch, dtype), transform, probe_T)
     runner = LocalRunner(
         decoder, kv_bytes=None if kv_gib is None else int(kv_gib * 2**30), max_rows=max_rows,
         prefill_chunk=prefill_chunk, model_digest=digest, kernels=kernels,
@@ -72,7 +85,7 @@ def build_engine(
     speculator = Speculator(None if drafter is None else _draft_model(drafter, runner, kernels), draft_nodes)
     return_freed_memory()
     engine = Engine(
-        runner, checkpoint.load_tokenizer(folder), eos_ids=decoder.shape.eos_ids,
+        runner, tokenizer, eos_ids=decoder.shape.eos_ids,
         limits=limits or Limits(max_queue=max_queue, max_model_len=max_model_len),
         speculator=speculator, model_name=checkpoint.model_id(model),
     )  # fmt: skip
@@ -83,13 +96,15 @@ def build_engine(
     return engine
 
 
-def _draft_decoder(draft: str, decoder: Decoder, dtype: torch.dtype, transform: Transform | None) -> Decoder:
+def _draft_decoder(
+    draft: str, decoder: Decoder, dtype: torch.dtype, transform: Transform | None, probe_T: Tensor
+) -> Decoder:
     """The draft model, stored as the target is unless it has a storage format of its own."""
     kind, _, count = draft.partition(":")
     if kind == "skip":
         if not count.isdecimal():
-            raise AxiconError(f"draft={draft}: say how many blocks to keep, as in draft=skip:8")
-        return skip_blocks(decoder, int(count))
+            raise AxiconError(f"draft={draft}: say how many blocks to keep, as in draft=skip:20")
+        return skip_blocks(decoder, int(count), probe_T)
     folder = checkpoint.resolve(draft)
     found = checkpoint.load(folder, dtype=dtype)
     if found.shape.vocab != decoder.shape.vocab:

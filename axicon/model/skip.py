@@ -1,4 +1,8 @@
-"""A copy of a model with fewer blocks: the cheapest model that has the same vocabulary."""
+"""A copy of a model with fewer blocks: the cheapest model that has the same vocabulary.
+
+Men et al., arXiv:2403.03853: a block that hands on almost what it was given (cosine similarity of its input
+and output) is missed least. Here all go at once, measured on one text.
+"""
 
 from __future__ import annotations
 
@@ -7,21 +11,35 @@ import dataclasses
 from typing import cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.functional import cosine_similarity
 
 from axicon.errors import AxiconError
 from axicon.model.decoder import Block, Decoder
 
 
-def spread(layers: int, count: int) -> list[int]:
-    """`count` of so many blocks, first and last among them, the others evenly between."""
-    if count == 1:
-        return [0]
-    return [round(i * (layers - 1) / (count - 1)) for i in range(count)]
+@torch.inference_mode()
+def influence(decoder: Decoder, tokens_T: Tensor) -> list[float]:
+    """How much each block changes what it is given, over the tokens of one text: 1 - cosine similarity."""
+    found: list[float] = []
+
+    def note(block: nn.Module, inputs: tuple[Tensor, ...], output_ND: Tensor) -> None:
+        x_ND, y_ND = inputs[0].float(), output_ND.float()
+        # Where the residual stream changes its width there is nothing to skip.
+        same = x_ND.shape == y_ND.shape
+        found.append(1 - float(cosine_similarity(x_ND, y_ND, dim=-1).mean()) if same else torch.inf)
+
+    hooks = [block.register_forward_hook(note) for block in decoder.blocks]
+    try:
+        decoder.logits(tokens_T[None])
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found
 
 
-def skip_blocks(decoder: Decoder, count: int) -> Decoder:
-    """Copies of `count` blocks, and of everything before and behind them.
+def skip_blocks(decoder: Decoder, count: int, tokens_T: Tensor) -> Decoder:
+    """Copies of the `count` blocks that change most of a text, and of all before and behind them.
 
     Raises AxiconError for a number that the model does not have.
     """
@@ -30,7 +48,8 @@ def skip_blocks(decoder: Decoder, count: int) -> Decoder:
         raise AxiconError(
             f"a draft of {count} blocks: the model has {shape.layers}, keep 1 to {shape.layers - 1}"
         )
-    kept = spread(shape.layers, count)
+    shares = influence(decoder, tokens_T)
+    kept = sorted(sorted(range(shape.layers), key=lambda i: -shares[i])[:count])
     with torch.device("meta"):
         draft = Decoder(dataclasses.replace(shape, blocks=tuple(shape.blocks[i] for i in kept)))
     blocks = [cast(Block, copy.deepcopy(decoder.blocks[i])) for i in kept]

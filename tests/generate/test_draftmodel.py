@@ -16,7 +16,7 @@ from axicon.generate.request import Request, RequestError, SamplingParams, Specu
 from axicon.generate.runner import LocalRunner
 from axicon.generate.speculate import Speculator
 from axicon.kernels import native
-from axicon.model.skip import skip_blocks, spread
+from axicon.model.skip import influence, skip_blocks
 from tests.generate.test_speculation import bound, chi_square, drain, enumerated, everything, tokens_of
 
 METHODS = sorted(name for name, one in DRAFTERS.items() if one.needs_model)
@@ -172,7 +172,7 @@ def test_the_bits_are_the_same_on_the_kernels(make_decoder, letters):
         Compress(LLMInt8())(make_decoder(torch.bfloat16, seed=seed, num_hidden_layers=3, **config))
         for seed in (0, 0)
     ]
-    draft = skip_blocks(models[1], 2)
+    draft = skip_blocks(models[1], 2, torch.arange(2, 30))
     runner, drafter = (
         LocalRunner(one, kv_bytes=8 << 20, max_rows=8, prefill_chunk=16, kernels="native")
         for one in (models[0], draft)
@@ -207,15 +207,24 @@ def test_the_best_of_many():
         assert torch.equal(logits.gather(1, ids), values)
 
 
-def test_a_copy_with_fewer_blocks(decoder64):
-    assert spread(30, 4) == [0, 10, 19, 29]
-    draft = skip_blocks(decoder64, 1)
-    assert draft.shape.layers == len(draft.blocks) == 1
-    assert torch.equal(draft.lm_head.weight, decoder64.lm_head.weight)
+def test_a_copy_without_the_blocks_that_do_least(make_decoder):
+    decoder = make_decoder(num_hidden_layers=4)
+    with torch.no_grad():
+        for i, share in ((1, 0.01), (3, 0.1)):
+            decoder.blocks[i].out.weight *= share
+            decoder.blocks[i].down.weight *= share
+    tokens = torch.arange(2, 40)
+    shares = influence(decoder, tokens)
+    assert sorted(range(4), key=lambda i: shares[i])[:2] == [1, 3]
+    draft = skip_blocks(decoder, 2, tokens)
+    assert draft.shape.layers == len(draft.blocks) == 2
+    assert [block.index for block in draft.blocks] == [0, 1]
+    for mine, whole in ((0, 0), (1, 2)):
+        assert torch.equal(draft.blocks[mine].qkv.weight, decoder.blocks[whole].qkv.weight)
     draft.lm_head.weight.data += 1
-    assert not torch.equal(draft.lm_head.weight, decoder64.lm_head.weight), "a copy, not the same"
-    with pytest.raises(AxiconError, match="keep 1 to 1"):
-        skip_blocks(decoder64, 2)
+    assert not torch.equal(draft.lm_head.weight, decoder.lm_head.weight), "a copy, not the same"
+    with pytest.raises(AxiconError, match="keep 1 to 3"):
+        skip_blocks(decoder, 4, tokens)
 
 
 @pytest.fixture(scope="module")
@@ -243,7 +252,7 @@ def test_an_engine_is_built_with_its_draft_model(folder, draft):
 def test_a_draft_of_another_vocabulary_is_refused(folder):
     with pytest.raises(AxiconError, match="a draft model needs the same tokenizer"):
         build_engine(str(folder), kv_gib=0.02, threads=1, draft="demo")
-    with pytest.raises(AxiconError, match="as in draft=skip:8"):
+    with pytest.raises(AxiconError, match="as in draft=skip:20"):
         build_engine(str(folder), kv_gib=0.02, threads=1, draft="skip:some")
 
 
