@@ -37,12 +37,13 @@ def lineage(model: str, as_json: bool) -> None:
 @axicon.command()
 @click.argument("form", metavar="FORMAT", type=click.Choice(["compressed-tensors"]))
 @click.argument("model", metavar="DIR")
-@click.argument("out", metavar="out=DIR2")
-def export(form: str, model: str, out: str) -> None:
+@click.argument("words", metavar="out=DIR2 [zeros=packed]", nargs=-1)
+def export(form: str, model: str, words: tuple[str, ...]) -> None:
     """Write the compressed model in DIR to DIR2 in a FORMAT that other programs read.
 
-    Codes and scales stay what they are. transformers reads the result with the package compressed-tensors;
-    asymmetric 4-bit weights (awq, gptq with zeros) only from a version of it that accepts packed zeros.
+    Codes and scales stay what they are. transformers reads the result with the package compressed-tensors.
+    Where products have zeros (gptq, awq), their codes take a byte each: transformers does not read packed
+    zeros. zeros=packed packs them for programs that do.
 
     \b
     Example:
@@ -50,12 +51,10 @@ def export(form: str, model: str, out: str) -> None:
     """
     from jobs import export as job
 
-    key, _, target = out.partition("=")
-    if key != "out" or not target:
-        raise AxiconError(f"expected out=DIRECTORY, not {out!r}")
-    for note in job.run(model, target):
+    recipe = job.ExportRecipe.parse(words)
+    for note in job.run(model, recipe):
         click.echo(f"note: {note}")
-    click.echo(f"it lies in {target}")
+    click.echo(f"it lies in {recipe.out}")
 
 
 @axicon.group(invoke_without_command=True)

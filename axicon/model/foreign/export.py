@@ -1,9 +1,11 @@
 """Writes a packed model directory as a compressed-tensors checkpoint, which other programs read.
 
-`group_int` products keep codes, scales and zeros bit for bit: codes of 4 bits, or fewer than 8, become
-`pack-quantized`, codes of 8 bits without zeros `int-quantized`. `int8` products keep their codes, with
-absmax / 127 as the scale, and lose the rounding of activations: what the other program multiplies by is the
-dequantised weight. A packed copy of a tied head is left out, since the head is the embedding there.
+`group_int` products keep codes, scales and zeros bit for bit. Codes of fewer than 8 bits become
+`pack-quantized`, codes of 8 bits `int-quantized`; so do codes of products with zeros, a byte each, unless
+packed zeros are asked for: compressed-tensors 0.20 writes packed zeros and does not accept them from a file.
+`int8` products keep their codes, with absmax / 127 as the scale, and lose the rounding of activations: the
+other program multiplies by the dequantised weight. A packed copy of a tied head is left out: the embedding is
+the head there.
 """
 
 from __future__ import annotations
@@ -32,9 +34,10 @@ Settings = tuple[str, int, int, bool]
 """Format, bits, group (0: the row), symmetric."""
 
 
-def compressed_tensors(source: Path, folder: Path) -> list[str]:
-    """Fill the empty `folder` with weights and config. Returns what differs from the source, in words.
+def compressed_tensors(source: Path, folder: Path, *, packed_zeros: bool = False) -> list[str]:
+    """Fill the empty `folder` with weights and config. Returns what a user should know of it, in words.
 
+    `packed_zeros` packs products with zeros too, for programs that read that.
     Raises AxiconError for a model that is not packed here, and for a product that the format cannot hold.
     """
     config = safety.read_json(source / "config.json")
@@ -46,18 +49,26 @@ def compressed_tensors(source: Path, folder: Path) -> list[str]:
     groups: dict[Settings, list[str]] = {}
     dense: list[str] = []
     written: set[str] = set()
+    rounding = False
     with TensorWriter(folder) as weights:
         for i in range(shape.layers):
             part = checkpoint.load(source, dtype=None, blocks=range(i, i + 1))
             if part.has_head and isinstance(part.lm_head, PackedLinear) and shape.tie_head:
                 notes.append("the head is the embedding itself; its packed copy is left out")
                 dense += product_names(shape, "lm_head")[0]
-            for name, tensor in _tensors(part, shape, groups, dense):
+            rounding |= any(
+                isinstance(module, Int8Linear) and not (path == "lm_head" and shape.tie_head)
+                for path, module in part.named_modules())
+            for name, tensor in _tensors(part, shape, groups, dense, packed_zeros):
                 if name not in written:
                     written.add(name)
                     weights.add(name, tensor)
-    if any(form == PLAIN for form, *_ in groups):
+    if rounding:
         notes.append("activations of int8 products are not rounded by programs that read this")
+    if any(form == PLAIN and bits < 8 for form, bits, *_ in groups):
+        notes.append("codes with zeros take a byte each, which transformers reads; zeros=packed packs them")
+    if any(form == PACKED and not symmetric for form, _, _, symmetric in groups):
+        notes.append("transformers with compressed-tensors up to 0.20 does not read packed zeros")
     if "embed_out" in dense:
         dense.append("lm_head")  # what transformers calls the module whose weight the file calls embed_out
     config["quantization_config"] = _config(groups, dense)
@@ -66,7 +77,7 @@ def compressed_tensors(source: Path, folder: Path) -> list[str]:
 
 
 def _tensors(
-    part: Decoder, shape: ModelShape, groups: dict[Settings, list[str]], dense: list[str]
+    part: Decoder, shape: ModelShape, groups: dict[Settings, list[str]], dense: list[str], packed_zeros: bool
 ) -> Iterator[tuple[str, Tensor]]:
     packed = {}
     for path, module in part.named_modules():
@@ -82,12 +93,13 @@ def _tensors(
     # Wide dtypes first, so that each tensor lies at a multiple of its item size.
     found = [(name, tensor) for name, tensor in stored_tensors(part) if not name.startswith(own)]
     for module, linear in packed.items():
-        found += _product(shape, module, linear, groups)
+        found += _product(shape, module, linear, groups, packed_zeros)
     yield from sorted(found, key=lambda item: (-item[1].dtype.itemsize, item[0]))
 
 
 def _product(
-    shape: ModelShape, module: str, linear: PackedLinear, groups: dict[Settings, list[str]]
+    shape: ModelShape, module: str, linear: PackedLinear, groups: dict[Settings, list[str]],
+    packed_zeros: bool,
 ) -> Iterator[tuple[str, Tensor]]:
     names, heads = product_names(shape, module)
     if isinstance(linear, Int8Linear):
@@ -101,7 +113,7 @@ def _product(
             f"{module} is stored as {linear.format}"
             f"{' with its columns in another order' if isinstance(linear, GroupIntLinear) else ''}, "
             "which compressed-tensors cannot hold; compress with other settings")
-    form = PLAIN if bits == 8 and zero is None else PACKED
+    form = PLAIN if (bits == 8 if zero is None else not packed_zeros) else PACKED
     groups.setdefault((form, bits, group, zero is None), []).extend(names)
     rows = {"weight": codes, "weight_scale": scale, "weight_zero_point": zero, "bias": linear.bias}
     sizes = _sizes(shape, module, len(codes))
@@ -111,8 +123,8 @@ def _product(
         if heads is not None:
             value = value.unflatten(0, (3, heads, -1)).transpose(0, 1).flatten(0, 2)
         for name, piece in zip(names, value.split(sizes), strict=True):
-            if key == "weight" and form == PLAIN:
-                yield f"{name}.weight", (piece.to(torch.int16) - 128).to(torch.int8)
+            if key in ("weight", "weight_zero_point") and form == PLAIN:
+                yield f"{name}.{key}", (piece.to(torch.int16) - (1 << (bits - 1))).to(torch.int8)
             elif key == "weight":
                 yield f"{name}.weight_packed", words(piece, bits)
                 yield f"{name}.weight_shape", torch.tensor(piece.shape)
