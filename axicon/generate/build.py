@@ -27,7 +27,8 @@ PROBE = (
     "When the ship came into the harbour in the morning, nobody was there to meet it. The captain, who had "
     "written twice, waited for an hour; then he sent two of his men ashore to ask what had happened. They "
     "came back with bread, a newspaper of the day before, and three questions:\n"
-    "1. How many people are on board?\n2. What do you carry, and for whom?\n3. Do you know that the war is over?"
+    "1. How many people are on board?\n2. What do you carry, and for whom?\n"
+    "3. Do you know that the war is over?"
 )
 """A text on which blocks show how much they do."""
 
