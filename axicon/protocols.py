@@ -103,8 +103,13 @@ class StepInput:
     def pack(self) -> Tensor:
         """One int64 tensor: version, counts, node fields in the order above, then the lists."""
         nodes = [
-            self.tokens_N, self.positions_N, self.rows_N, self.parents_N,
-            self.wanted_N.long(), self.adapters_N, self.forced_N.long(),
+            self.tokens_N,
+            self.positions_N,
+            self.rows_N,
+            self.parents_N,
+            self.wanted_N.long(),
+            self.adapters_N,
+            self.forced_N.long(),
         ]
         flat = [[n for entry in entries for n in entry] for entries in self._records()]
         lists = [self.commits, self.releases, self.evictions, *flat]
@@ -132,11 +137,30 @@ class StepInput:
         commits, releases, evictions = (tuple(p.tolist()) for p in parts[7:10])
         reserves, policies, layered = (p.tolist() for p in parts[10:])
         return StepInput(
-            tokens, positions, rows, parents, wanted.bool(), adapters, forced.bool(),
-            commits, releases, evictions, tuple(zip(reserves[::2], reserves[1::2], strict=True)),
+            tokens,
+            positions,
+            rows,
+            parents,
+            wanted.bool(),
+            adapters,
+            forced.bool(),
+            commits,
+            releases,
+            evictions,
+            tuple(zip(reserves[::2], reserves[1::2], strict=True)),
             tuple(RowPolicy(*one) for one in batched(policies, len(RowPolicy._fields))),
             tuple(LayeredPrompt(*one) for one in batched(layered, len(LayeredPrompt._fields))),
         )
+
+
+@dataclass(frozen=True, slots=True)
+class CacheUse:
+    """What the caches of all rows come to now."""
+
+    bytes: int = 0
+    """Of keys and values."""
+    evicted: Mapping[str, int] = field(default_factory=dict)
+    """Slots given up since the start by policy, in the mean over layers and heads."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +168,9 @@ class StepOutput:
     """What a step gives back. Rows are the wanted nodes, in the order of the step."""
 
     logits_WV: Tensor
-    """float32 (wanted nodes, vocabulary)."""
+    """float32 (wanted nodes, vocabulary). Those of a layered prompt come behind all others, with the step in
+    which it ends."""
+    held: CacheUse = CacheUse()
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,8 +231,9 @@ class LastRows:
 
 
 Needs = Literal["none", "column_sums"] | LastRows
-"""Statistics of attention that a policy scores by, made by the runner for committed queries only: nothing, the
-attention every slot has received so far, or that of the last queries. Summed over the query heads of a group."""
+"""Statistics of attention that a policy scores by, made by the runner for committed queries only: nothing,
+the attention every slot has received so far, or that of the last queries. Summed over the query heads of a
+group."""
 
 
 class KVPolicy(Protocol):

@@ -7,7 +7,7 @@ repeated.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 import torch
@@ -42,7 +42,10 @@ class StepAttention:
         self.first = first
         self._single: list[tuple[int, RowCache]] = []
         self._other: list[_SpanAttention] = []
+        self._tallied: list[_SpanAttention] = []
         for span, cache in zip(spans, caches, strict=True):
+            if cache.tally is not None:
+                self._tallied.append(_SpanAttention(span, cache))
             if len(span) == 1 and cache.whole:
                 self._single.append((span.start, cache))
             else:
@@ -51,6 +54,12 @@ class StepAttention:
         self._packed = starts == list(range(len(starts)))
 
     def __call__(self, block: AttendingBlock, q_NHK: Tensor, k_NGK: Tensor, v_NGK: Tensor) -> Tensor:
+        out_NHK = self._attend(block, q_NHK, k_NGK, v_NGK)
+        for one in self._tallied:
+            one.tally(block, block.index - self.first, q_NHK[one.span.start : one.span.stop])
+        return out_NHK
+
+    def _attend(self, block: AttendingBlock, q_NHK: Tensor, k_NGK: Tensor, v_NGK: Tensor) -> Tensor:
         layer = block.index - self.first
         single = len(self._single)
         if single == len(q_NHK) and self._packed:
@@ -113,10 +122,27 @@ class _SpanAttention:
         )
         return out_GRTK.permute(2, 0, 1, 3).reshape(tokens, heads, width)
 
+    def tally(self, block: AttendingBlock, layer: int, q_THK: Tensor) -> None:
+        """Write down what each node gave to each slot, in a pass of its own behind the attention."""
+        tally, store = self.cache.tally, self.cache.layers[layer]
+        assert tally is not None
+        tokens, heads, width = q_THK.shape
+        groups = store.extent.shape[1]
+        live = store.used(self.cache.committed) + tokens
+        mask = self._mask(store, block.window, live)
+        mask_GTS = mask.view(-1, tokens, live).expand(groups, -1, -1)
+        q_GRTK = q_THK.float().reshape(tokens, groups, heads // groups, width).permute(1, 2, 0, 3)
+        entries_GNC = tally.staged_LGNC[layer]
+        entries_GNC.zero_()
+        for g in range(groups):
+            scores_RTS = q_GRTK[g] @ store.keys_GCK[g, :live].float().T * block.scale
+            shares_RTS = scores_RTS.masked_fill(~mask_GTS[g], -torch.inf).softmax(-1)
+            entries_GNC[g, :tokens, :live] = shares_RTS.sum(0)
+
     def _mask(self, store: LayerCache, window: int | None, live: int) -> Tensor:
         """bool, what each node sees: (T, S), or (G, 1, T, S) where heads differ."""
         if store.lengths is not None:
-            return self._ragged_mask(store, store.lengths, window, live)
+            return self._ragged_mask(store, store.lengths.tolist(), window, live)
         mask = self._masks.get(window)
         if mask is None:
             slots = torch.cat([torch.arange(self.cache.committed), torch.tensor(self.span.positions)])
@@ -124,11 +150,11 @@ class _SpanAttention:
         return mask
 
     def _ragged_mask(
-        self, store: LayerCache, lengths: Sequence[int], window: int | None, live: int
+        self, store: LayerCache, lengths: Iterable[int], window: int | None, live: int
     ) -> Tensor:
         assert store.positions_GC is not None
         tokens = len(self.span)
-        mask = torch.zeros(len(lengths), 1, tokens, live, dtype=torch.bool)
+        mask = torch.zeros(store.extent.shape[1], 1, tokens, live, dtype=torch.bool)
         for g, length in enumerate(lengths):
             positions = torch.cat([store.positions_GC[g, :length].long(), torch.tensor(self.span.positions)])
             mask[g, 0, :, : length + tokens] = self._sees(positions, length, window)

@@ -28,6 +28,7 @@ from axicon.generate.request import (
     Request,
     RequestError,
 )
+from axicon.generate.retention import retention
 from axicon.generate.sampling import SAMPLERS
 from axicon.generate.sampling.sample import logprobs
 from axicon.generate.scheduler import Scheduler, Stream, Work
@@ -35,7 +36,7 @@ from axicon.generate.speculate import Speculator, read
 from axicon.generate.spots import Spot, choose, rows_of
 from axicon.generate.steptimes import StepClock
 from axicon.generate.validate import check_request
-from axicon.protocols import Runner, Sampler, StepInput
+from axicon.protocols import CacheUse, LayeredPrompt, Runner, Sampler, StepInput
 
 log = logging.getLogger("axicon")
 
@@ -85,6 +86,7 @@ class Engine:
         self._gone: list[Stream] = []
         """Streams that ended since the last step began."""
         self._failures = 0
+        self._held = CacheUse()
         self._steps = self._prompt_tokens = self._generated = self._step_tokens = 0
         self._step_seconds = 0.0
         self._decode_steps = StepClock()
@@ -98,7 +100,8 @@ class Engine:
         """Raises RequestError for a request that cannot be served as asked. Any thread may call it."""
         if request.params.speculation is not None:
             read(request.params.speculation, self.speculator.most_nodes, self.speculator.models)
-        check_request(request, self.runner.capacity.vocab, self.max_model_len, self.limits)
+        capacity = self.runner.capacity
+        check_request(request, capacity.vocab, self.max_model_len, self.limits, capacity.blocks)
 
     def add(self, request: Request) -> None:
         """Queue a request. Raises RequestError for what cannot be served, Overloaded when it is full here."""
@@ -109,6 +112,8 @@ class Engine:
         if len(self._streams) >= self.most_requests:
             raise Overloaded(f"{len(self._streams)} requests are running or waiting, try again later")
         stream = Stream(request)
+        prompt, output = len(request.prompt), request.params.max_tokens
+        stream.retention = retention(request.kv, prompt, output, self.limits.kv_floor)
         self.speculator.begin(stream)
         self._answers[stream] = Answer(request, self.tokenizer, self.runner.capacity.vocab, self.eos_ids)
         self._streams[key] = stream
@@ -134,13 +139,14 @@ class Engine:
         work = self.speculator.propose(work)
         step = self._build(work)
         try:
-            logits_WV = self.runner.forward(step).logits_WV
+            out = self.runner.forward(step)
         except Exception as error:
             return deltas + self._give_up(work, error)
         self._failures = 0
         self._staged = work
+        self._held = out.held
         if work:
-            deltas += self._advance(work, logits_WV)
+            deltas += self._advance(work, out.logits_WV)
             self._count(work, time.perf_counter() - started)
         return deltas
 
@@ -152,7 +158,9 @@ class Engine:
             steps_total=self._steps, prompt_tokens_total=self._prompt_tokens,
             generated_tokens_total=self._generated, finished_total=dict(self._finished),
             step_seconds=self._step_seconds, step_tokens=self._step_tokens,
-            decode_steps=self._decode_steps.read(), drafts=self.speculator.stats(),
+            decode_steps=self._decode_steps.read(), kv_slots=scheduler.slots_by_policy(),
+            kv_bytes=self._held.bytes, kv_evicted_total=self._held.evicted,
+            drafts=self.speculator.stats(),
         )  # fmt: skip
 
     def _sweep(self) -> list[Delta]:
@@ -174,7 +182,7 @@ class Engine:
         for one in work:
             tokens, wanted = one.stream.tokens, _wanted(one)
             forced = one.start < len(one.stream.request.prompt)
-            for position in range(one.start, one.stop):
+            for position in range(one.start, one.start + one.nodes):
                 parent = -1 if position == one.start else len(nodes) - 1
                 wants = position >= wanted.start
                 nodes.append((tokens[position], position, one.stream.row, parent, wants, forced))
@@ -196,7 +204,10 @@ class Engine:
             forced_N.bool(),
             commits=self._commits(),
             releases=tuple(scheduler.releases),
+            evictions=tuple(one.stream.row for one in self._staged if one.stream.due),
             reserves=tuple(scheduler.reserves),
+            policies=tuple(one.policy for one in work if one.policy is not None),
+            layered=tuple(LayeredPrompt(one.stream.row, one.blocks) for one in work if one.blocks),
         )
         scheduler.releases, scheduler.reserves = [], []
         return step
@@ -206,11 +217,10 @@ class Engine:
         commits: list[int] = []
         first = 0
         for one in self._staged:
-            size = one.stop - one.start
-            if one.stream.row >= 0:
-                commits += range(first, first + size)
-                commits += [first + size + node for node in self._kept.get(one.stream, ())]
-            first += size + len(one.tree)
+            if one.stream.row >= 0 and not one.blocks:
+                commits += range(first, first + one.nodes)
+                commits += [first + one.nodes + node for node in self._kept.get(one.stream, ())]
+            first += one.nodes + len(one.tree)
         return tuple(commits)
 
     def _advance(self, work: Sequence[Work], logits_WV: Tensor) -> list[Delta]:
@@ -221,6 +231,9 @@ class Engine:
         row = 0
         for one in work:
             stream, wanted = one.stream, _wanted(one)
+            stream.passed += one.blocks
+            if not one.finished:
+                continue
             stream.computed = one.stop
             logits_TV = logits_WV[row : row + len(wanted)]
             row += len(wanted) + len(one.tree)
@@ -332,9 +345,10 @@ class Engine:
     def _count(self, work: Sequence[Work], seconds: float) -> None:
         self._steps += 1
         self._step_seconds = seconds
-        self._step_tokens = sum(one.stop - one.start + len(one.tree) for one in work)
-        prompt = sum(one.stop - one.start for one in work if one.start < len(one.stream.request.prompt))
-        self._prompt_tokens += prompt
+        self._step_tokens = sum(self._scheduler.cost(one) + len(one.tree) for one in work)
+        pieces = [one for one in work if one.start < len(one.stream.request.prompt)]
+        prompt = sum(self._scheduler.cost(one) for one in pieces)
+        self._prompt_tokens += sum(one.stop - one.start for one in pieces if one.finished)
         self._scheduler.pace.note(seconds, prompt, self._step_tokens - prompt)
         self.decode_only = prompt == 0
         if self.decode_only:

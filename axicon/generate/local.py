@@ -30,6 +30,7 @@ from axicon.generate.request import (
     Speculation,
     TokenLogprob,
 )
+from axicon.generate.retention import kv_settings
 
 Prompt = str | Sequence[int]
 """Text, or token ids."""
@@ -97,12 +98,14 @@ class LocalModel:
         """Continue a prompt, or several together.
 
         A list of prompts gives a list of completions, `stream=True` an iterator of pieces; dropping the
-        iterator cancels what is not finished. Raises RequestError for parameters that cannot be served.
+        iterator cancels what is not finished. `kv={"policy": "h2o", "budget": 0.2}` bounds the cache.
+        Raises RequestError for parameters that cannot be served.
         """
+        kept = kv_settings(params.pop("kv", None))
         single = isinstance(prompt, str) or (len(prompt) > 0 and isinstance(prompt[0], int))
         prompts: Sequence[Any] = [prompt] if single else prompt
         requests = [
-            Request(id=f"local-{next(self._ids)}", prompt=self._encode(one), params=_params(params))
+            Request(id=f"local-{next(self._ids)}", prompt=self._encode(one), params=_params(params), kv=kept)
             for one in prompts
         ]
         for request in requests:

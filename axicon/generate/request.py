@@ -56,6 +56,22 @@ class SamplingParams:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class KVSettings:
+    """How much of its cache a request keeps, and by which policy. Checked where it enters."""
+
+    policy: str
+    """`full`, or a name of `KV_POLICIES`."""
+    budget: float = 0.2
+    """Slots kept per head, everything included: up to 1 a share of the prompt, above 1 a count."""
+    recent: float | None = None
+    """Newest slots among them, in the budget's unit; None is what the policy takes."""
+    sinks: int = 4
+    """First positions among them."""
+    evict_every: int = 16
+    """The cache is cut when the tokens committed are a multiple of this."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
     """One choice to generate. A request with `n` choices is `n` of these with `choice` 0..n-1 and the same
     seed.
@@ -69,6 +85,8 @@ class Request:
     deadline: float | None = None
     """`time.monotonic()` seconds after which it is ended with reason "deadline"."""
     adapter: int = 0
+    kv: KVSettings | None = None
+    """None keeps everything."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,6 +163,8 @@ class Limits:
     max_logprobs: int = 20
     max_stops: int = 16
     max_logit_bias: int = 1024
+    kv_floor: int = 32
+    """The smallest cache budget, in slots."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -181,5 +201,11 @@ class EngineStats:
     """Nodes computed in that step."""
     decode_steps: StepTimes = field(default_factory=StepTimes)
     """Steps without a prompt, by how long they took."""
+    kv_bytes: int = 0
+    """Of keys and values that requests hold now."""
+    kv_slots: Mapping[str, int] = field(default_factory=dict)
+    """Slots they have set aside, by policy."""
+    kv_evicted_total: Mapping[str, int] = field(default_factory=dict)
+    """Slots given up, by policy, in the mean over layers and heads."""
     drafts: Mapping[str, DraftStats] = field(default_factory=dict)
     """By the name of the method."""

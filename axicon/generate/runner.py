@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -15,15 +16,16 @@ from torch.nn.functional import pad
 
 from axicon.errors import AxiconError
 from axicon.generate.attend import StepAttention
+from axicon.generate.bounded import TILE, BoundedRow, LayeredRun, check_bounded
 from axicon.generate.numerics import ANY_ROWS, bits, choose_path, padded
 from axicon.generate.spans import Span, committed_paths, native_rows, renumber, split_spans
 from axicon.kernels import native
-from axicon.model.cache import KVCache, size_class
+from axicon.model.cache import KVCache, RowCache, size_class
 from axicon.model.decoder import Decoder
 from axicon.model.machine import available_memory
-from axicon.model.native import NativeDecoder, why_not
+from axicon.model.native import NativeDecoder, Rows, why_not
 from axicon.model.packed import formats
-from axicon.protocols import Capacity, StepInput, StepOutput
+from axicon.protocols import CacheUse, Capacity, StepInput, StepOutput
 
 log = logging.getLogger("axicon")
 
@@ -81,11 +83,17 @@ class LocalRunner:
             slots=self.cache.slots, max_rows=max_rows, max_positions=decoder.shape.max_positions,
             prefill_chunk=prefill_chunk, bytes_per_slot=self.cache.bytes_per_slot,
             vocab=decoder.shape.vocab, free_chunks=self.native is not None,
+            blocks=decoder.shape.layers if decoder.has_embedding and decoder.has_head else 0,
         )  # fmt: skip
         self.path = ANY_ROWS if self.native else choose_path(decoder, max_rows, prefill_chunk)
         self._fingerprint = digest_of(self.describe())
         self._staged: list[Span] = []
         """What the last step computed: its nodes lie in the cache and are not committed."""
+        self._bounded: dict[int, BoundedRow] = {}
+        self._prompts: dict[int, LayeredRun] = {}
+        """Layered prompts under way."""
+        self._evicted: Counter[str] = Counter()
+        """Slots given up by rows that are gone, by policy."""
 
     @property
     def capacity(self) -> Capacity:
@@ -94,6 +102,13 @@ class LocalRunner:
     @property
     def fingerprint(self) -> str:
         return self._fingerprint
+
+    def _held(self) -> CacheUse:
+        evicted = self._evicted.copy()
+        for bounded in self._bounded.values():
+            evicted[bounded.name] += bounded.evicted
+        heads = sum(groups for groups, _ in self.cache.shapes)
+        return CacheUse(self.cache.bytes_in_use, {name: n // heads for name, n in evicted.items()})
 
     def slots_reserved(self, tokens: int) -> int:
         return size_class(tokens)
@@ -150,7 +165,7 @@ class LocalRunner:
         """
         checked = self.check(step)
         self.apply(checked)
-        return StepOutput(self.compute(checked))
+        return StepOutput(self.compute(checked), self._held())
 
     def check(self, step: StepInput) -> Checked:
         """Raises ValueError for a step that breaks the contract. Changes nothing."""
@@ -163,10 +178,18 @@ class LocalRunner:
         for row, path in checked.paths.items():
             self.cache.commit(row, path)
         self._staged = []
+        for row in checked.step.evictions:
+            self._bounded[row].evict()
         for row in checked.step.releases:
             self.cache.release(row)
+            self._prompts.pop(row, None)
+            if row in self._bounded:
+                self._evicted[self._bounded[row].name] += self._bounded.pop(row).evicted
         for row, slots in checked.step.reserves:
             self.cache.open(row, slots)
+        for policy in checked.step.policies:
+            windows = [block.window for block in self.decoder.shape.blocks]
+            self._bounded[policy.row] = BoundedRow(policy, self.cache, windows, self.native)
 
     @torch.inference_mode()
     def compute(self, checked: Checked, hidden_ND: Tensor | None = None) -> Tensor:
@@ -175,13 +198,18 @@ class LocalRunner:
         A stage behind the first takes the hidden states (N, width_in) of the stage before it. Returns logits
         (W, V) of the wanted nodes where the model ends, hidden states (N, width_out) of all nodes elsewhere.
         """
-        if not checked.spans:
-            return self.out(0)
-        for span in checked.spans:
+        layered = {row for row, _ in checked.step.layered}
+        spans = [span for span in checked.spans if span.row not in layered]
+        for span in spans:
             self.cache.make_room(span.row, len(span))
-        out = self._compute(checked.step, checked.spans, hidden_ND)
-        self._staged = checked.spans
-        return out
+        step = checked.step if len(spans) == len(checked.spans) else _nodes_before(checked.step, spans)
+        out = self._compute(step, spans, hidden_ND) if spans else self.out(0)
+        self._staged = spans
+        if not layered:
+            return out
+        for span in checked.spans[len(spans) :]:
+            self._begin(checked.step, span)
+        return torch.cat([out, *(self._advance(row, blocks) for row, blocks in checked.step.layered)])
 
     def unstage(self) -> None:
         """Forget the nodes of the last step, because another stage failed to compute them."""
@@ -196,8 +224,6 @@ class LocalRunner:
 
     def _spans(self, step: StepInput, paths: Mapping[int, Sequence[int]]) -> list[Span]:
         """The step's spans, checked against the rows as they will be when the spans are computed."""
-        if step.evictions:
-            raise ValueError(f"rows {step.evictions} to evict, this runner has no KV policy")
         if step.adapters_N.any():
             raise ValueError("a node names an adapter, this runner holds none")
         rows = {row: cache.committed + len(paths.get(row, ())) for row, cache in self.cache.rows.items()}
@@ -213,6 +239,7 @@ class LocalRunner:
         if reserved > self._capacity.slots:
             raise ValueError(f"{reserved} slots reserved, the cache holds {self._capacity.slots}")
         spans = split_spans(step)
+        check_bounded(step, spans, self._bounded.keys(), self._prompts, self._capacity)
         for span in spans:
             if span.row not in rows:
                 raise ValueError(f"nodes {span.start}..{span.stop - 1}: request row {span.row} is not open")
@@ -236,6 +263,57 @@ class LocalRunner:
             nodes.append(index[wanted] if self.decoder.has_head else index)
         return torch.cat(parts)[torch.cat(nodes).argsort()]
 
+    def _begin(self, step: StepInput, span: Span) -> None:
+        """A prompt that will go through the model block by block."""
+        own = slice(span.start, span.stop)
+        tokens_T = step.tokens_N[own]
+        if self.native:
+            x_TD = torch.empty(len(span), self.decoder.shape.width)
+        else:
+            x_TD = self.decoder.embed(tokens_T, step.positions_N[own])
+        self._prompts[span.row] = LayeredRun(
+            self._bounded[span.row], self.cache, tokens_T, step.wanted_N[own], x_TD,
+            self._capacity.prefill_chunk,
+        )  # fmt: skip
+
+    def _advance(self, row: int, blocks: int) -> Tensor:
+        """Logits of a prompt's wanted nodes if it has passed the last block, none before."""
+        run = self._prompts[row]
+        through, every = (self._through_native, TILE) if self.native else (self._through, 1)
+        for _ in range(blocks):
+            logits = run.advance(through, every)
+        if run.done < self._capacity.blocks:
+            return self.out(0)
+        run.finish()
+        del self._prompts[row]
+        return torch.cat(logits)
+
+    def _through_native(self, run: LayeredRun, index: int, span: Span, cache: RowCache) -> Tensor:
+        assert self.native is not None
+        own = slice(span.positions[0], span.positions[-1] + 1)
+        last = index + 1 == self._capacity.blocks
+        wanted = run.wanted_T[own].nonzero().flatten().tolist() if last else []
+        rows = Rows(
+            run.tokens_T[own], torch.tensor(span.positions), [0] * len(span), range(len(span)), [cache],
+            wanted,
+        )  # fmt: skip
+        return self.native.block(rows, index, run.x_TD[own])
+
+    def _through(self, run: LayeredRun, index: int, span: Span, cache: RowCache) -> Tensor:
+        """As `_pass` would take the chunk through this block."""
+        own = slice(span.positions[0], span.positions[-1] + 1)
+        nodes = len(span)
+        alone = not self.path.merged and nodes > 1
+        extra = 0 if alone else padded(nodes, self.path.body_tile) - nodes
+        positions_N = pad(torch.tensor(span.positions), (0, extra))
+        attend = StepAttention([span], [cache], index)
+        block = self.decoder.blocks[index]
+        y_ND = block(_more_rows(run.x_TD[own], extra), self.decoder.rotary(positions_N), attend)[:nodes]
+        run.x_TD[own] = y_ND
+        wanted_T = run.wanted_T[own]
+        last = index + 1 == self._capacity.blocks
+        return self._logits(y_ND[wanted_T], alone) if last else self.out(0)
+
     def _passes(self, spans: list[Span]) -> list[list[Span]]:
         """What goes through the blocks together. A prompt chunk is known by its given nodes."""
         if self.path.merged:
@@ -255,7 +333,9 @@ class LocalRunner:
         y_ND = self.decoder(_more_rows(x, extra), pad(positions_N, (0, extra)), attend)[:nodes]
         if not self.decoder.has_head:
             return y_ND
-        y_WD = y_ND[wanted_N]
+        return self._logits(y_ND[wanted_N], alone)
+
+    def _logits(self, y_WD: Tensor, alone: bool) -> Tensor:
         wanted = len(y_WD)
         if wanted == 0:
             return torch.empty(0, self.decoder.shape.vocab)
@@ -267,6 +347,16 @@ def digest_of(facts: Mapping[str, object]) -> str:
     """The `system_fingerprint` of what `Runner.describe` tells."""
     text = json.dumps(facts, sort_keys=True)
     return f"axicon-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+
+
+def _nodes_before(step: StepInput, spans: Sequence[Span]) -> StepInput:
+    """The step without the nodes behind these spans, which are its first."""
+    count = spans[-1].stop if spans else 0
+    return replace(
+        step, tokens_N=step.tokens_N[:count], positions_N=step.positions_N[:count],
+        rows_N=step.rows_N[:count], parents_N=step.parents_N[:count], wanted_N=step.wanted_N[:count],
+        adapters_N=step.adapters_N[:count], forced_N=step.forced_N[:count],
+    )  # fmt: skip
 
 
 def _more_rows(x: Tensor, extra: int) -> Tensor:

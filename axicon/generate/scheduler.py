@@ -9,13 +9,14 @@ all the cache it may ever need, so nothing that runs is ever thrown out.
 from __future__ import annotations
 
 import heapq
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from axicon.generate.pace import Pace
 from axicon.generate.request import Request
-from axicon.protocols import Capacity, DraftTree
+from axicon.generate.retention import Retention
+from axicon.protocols import Capacity, DraftTree, RowPolicy
 
 NO_TREE = DraftTree()
 
@@ -33,6 +34,10 @@ class Stream:
     """Request row while admitted."""
     slots: int = 0
     """Cache slots set aside."""
+    retention: Retention | None = None
+    """How its cache is bounded. Its prompt then passes block by block instead of chunk by chunk."""
+    passed: int = 0
+    """Blocks that such a prompt has passed."""
 
     def __post_init__(self) -> None:
         self.tokens = list(self.request.prompt)
@@ -40,6 +45,12 @@ class Stream:
     @property
     def prompt_left(self) -> int:
         return max(0, len(self.request.prompt) - self.computed)
+
+    @property
+    def due(self) -> bool:
+        """Whether its cache is cut at the length that it has now."""
+        bounded = self.retention
+        return bounded is not None and self.row >= 0 and bounded.due(len(self.request.prompt), self.computed)
 
     @property
     def generated(self) -> int:
@@ -53,8 +64,25 @@ class Work:
     stream: Stream
     start: int
     stop: int
+    first: int = 0
+    blocks: int = 0
+    """Of a layered prompt: it passes through so many blocks from `first` on. 0 elsewhere: through all."""
+    finished: bool = True
+    """False while a layered prompt has not passed the last block."""
     tree: DraftTree = NO_TREE
     """What may follow token `stop - 1`: computed in the same step, and kept as far as it turns out right."""
+
+    @property
+    def policy(self) -> RowPolicy | None:
+        """What the step that begins a layered prompt says of its row."""
+        bounded = self.stream.retention
+        begins = bounded is not None and self.blocks and not self.first
+        return bounded.of_row(self.stream.row) if bounded is not None and begins else None
+
+    @property
+    def nodes(self) -> int:
+        """How many the step carries for it: a layered prompt's come with its first block."""
+        return 0 if self.first else self.stop - self.start
 
 
 class Scheduler:
@@ -98,6 +126,11 @@ class Scheduler:
         budget = self.pace.tokens if free and work else self._budget - len(work)
         candidates = (*(s for s in self.running if s.prompt_left), *self.waiting)
         for chunks, stream in enumerate(candidates):
+            if stream.retention is not None:
+                # The last of a step: its nodes stand behind all others, and the next prompt waits for it.
+                if budget > 0 and (stream.row >= 0 or self._admit(stream)):
+                    work.append(self._layered(stream, budget))
+                break
             size = min(self._capacity.prefill_chunk, stream.prompt_left)
             if free:
                 size = min(size, max(budget, 0 if chunks else 1))
@@ -108,9 +141,30 @@ class Scheduler:
             budget -= size
         return work
 
+    def _layered(self, stream: Stream, budget: int) -> Work:
+        """As many blocks as cost what `budget` tokens cost in all of them, and at least one."""
+        tokens, blocks = len(stream.tokens), self._capacity.blocks
+        count = min(blocks - stream.passed, max(1, budget * blocks // tokens))
+        finished = stream.passed + count == blocks
+        return Work(stream, 0, tokens, stream.passed, count, finished)
+
+    def slots_by_policy(self) -> dict[str, int]:
+        """Slots that running streams have set aside. Any thread may ask."""
+        found: Counter[str] = Counter()
+        for stream in tuple(self.running):
+            found["full" if stream.retention is None else stream.retention.policy] += stream.slots
+        return dict(found)
+
+    def cost(self, one: Work) -> int:
+        """What a piece of a prompt costs, in tokens through the whole model."""
+        tokens = one.stop - one.start
+        return max(1, tokens * one.blocks // self._capacity.blocks) if one.blocks else tokens
+
     def _admit(self, stream: Stream) -> bool:
         """Give the first waiting stream a row and all the slots it may ever need."""
-        slots = self._slots_reserved(len(stream.tokens) + stream.request.params.max_tokens)
+        bounded = stream.retention
+        most = len(stream.tokens) + stream.request.params.max_tokens if bounded is None else bounded.most
+        slots = self._slots_reserved(most)
         if not self._rows or slots > self.slots_free:
             return False
         assert self.waiting[0] is stream

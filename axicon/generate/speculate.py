@@ -357,8 +357,15 @@ def _tokens_left(stream: Stream) -> int:
 
 
 def _slots_left(stream: Stream) -> int:
-    """Nodes that fit behind the last token."""
-    return stream.slots - len(stream.tokens)
+    """Nodes that fit behind the last token. No guess reaches past a length at which a bounded cache is cut,
+    so that it is cut where it is without guesses.
+    """
+    bounded = stream.retention
+    if bounded is None:
+        return stream.slots - len(stream.tokens)
+    if bounded.once:
+        return stream.slots - bounded.budget - stream.generated
+    return -len(stream.tokens) % bounded.evict_every
 
 
 def _add(counts: list[int], depths: Sequence[int]) -> None:

@@ -6,13 +6,14 @@ import math
 from collections.abc import Collection
 
 from axicon.generate.request import Limits, Request, RequestError, SamplingParams
+from axicon.generate.retention import check_kv, retention
 
 SEEDS = range(-(1 << 63), 1 << 64)
 
 
-def check_request(request: Request, vocab: int, longest: int, limits: Limits) -> None:
+def check_request(request: Request, vocab: int, longest: int, limits: Limits, blocks: int = 0) -> None:
     """Raises RequestError naming the field. `longest` is what prompt and answer may have together, in
-    tokens.
+    tokens; `blocks` as in `Capacity`.
     """
     params = request.params
     _check_params(params, limits)
@@ -31,6 +32,12 @@ def check_request(request: Request, vocab: int, longest: int, limits: Limits) ->
             f"the prompt has {length} tokens and max_tokens is {output}, together they may have {longest}",
             "max_tokens",
         )
+    if request.kv is not None:
+        check_kv(request.kv, limits, blocks)
+        bounded = retention(request.kv, length, output, limits.kv_floor)
+        if bounded is not None and params.prompt_logprobs is not None:
+            policy = request.kv.policy
+            raise RequestError(f"kv policy {policy!r} gives no log-probabilities of the prompt", "kv.policy")
 
 
 def _check_params(params: SamplingParams, limits: Limits) -> None:

@@ -1,8 +1,8 @@
 """The KV cache: contiguous extents per request row and layer, in size classes, with exact byte accounting.
 
 A *slot* is storage, a *position* is time. While nothing was evicted, slot i of every head holds position i
-and neither is stored: `positions` and `lengths` are None. `ragged` makes both real, per KV head, and from then
-on only they tell where a key came from. Slots of a head stay in the order of their positions.
+and neither is stored: `positions` and `lengths` are None. `ragged` makes both real, per KV head, and from
+then on only they tell where a key came from. Slots of a head stay in the order of their positions.
 
 The nodes of a step are *staged* in the slots behind the committed ones. They become permanent when `commit`
 names them; what it does not name is overwritten by the next step. So nothing is ever rolled back after an
@@ -194,8 +194,8 @@ class KVCache:
     @property
     def slots(self) -> int:
         """Slots per head that can be reserved. A row grows one layer at a time, with the old and the new
-        extent of that layer alive together, so one layer's share of the budget is set aside. It also holds the
-        one layer in which a layered prompt has all its keys.
+        extent of that layer alive together, so one layer's share of the budget is set aside. It also holds
+        the one layer in which a layered prompt has all its keys.
         """
         layers = len(self.shapes)
         return self.pool.budget * layers // (max(1, self.bytes_per_slot) * (layers + 1))
@@ -253,8 +253,8 @@ class KVCache:
     def retain(self, row: int, layer: int, keep_GS: Tensor, spare: int = 0) -> None:
         """Cut one layer to the slots where `keep_GS` (bool, S the fullest head) holds, in their order.
 
-        Heads may keep different numbers of slots. Bytes of a smaller size class go back, but for `spare` slots
-        more than are kept.
+        Heads may keep different numbers of slots. Bytes of a smaller size class go back, but for `spare`
+        slots more than are kept.
         """
         cache = self.rows[row]
         cache.ragged()

@@ -179,7 +179,8 @@ class NativeDecoder:
         self, layers: Sequence[LayerCache], policies: Sequence[KeepBest], scores: Sequence[Tensor],
         sums: Sequence[Tensor] | None,
     ) -> None:
-        """Cut ragged layers to their budgets, in place. `scores` (G, S) per layer; `sums` move with the slots."""
+        """Cut ragged layers to their budgets, in place. `scores` (G, S) of each; `sums` move with the slots.
+        """
         table = (native.Evicted * len(layers))()
         for i, (layer, keep, score) in enumerate(zip(layers, policies, scores, strict=True)):
             assert layer.lengths is not None

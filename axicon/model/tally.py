@@ -1,7 +1,7 @@
 """Attention that the slots of a row have received: what score-based eviction looks at.
 
-The nodes of a step are tallied apart and counted when they are committed, one after the other, so that a guess
-that was wrong leaves no trace and a right one leaves the same bits as a step of its own.
+The nodes of a step are tallied apart and counted when they are committed, one after the other, so that a
+guess that was wrong leaves no trace and a right one leaves the same bits as a step of its own.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from axicon.protocols import STEP_VERSION, StepInput
+from axicon.protocols import STEP_VERSION, LayeredPrompt, RowPolicy, StepInput
 
 NUMBERS = st.integers(-(2**63), 2**63 - 1)
 ROWS = st.integers(0, 2**31)
@@ -25,6 +25,8 @@ def steps(draw: st.DrawFn) -> StepInput:
         *(column(NUMBERS) for _ in range(4)), column(flags).bool(), column(NUMBERS), column(flags).bool(),
         *(tuple(draw(st.lists(ROWS, max_size=5))) for _ in range(3)),
         reserves=tuple(draw(st.lists(st.tuples(ROWS, ROWS), max_size=4))),
+        policies=tuple(draw(st.lists(st.builds(RowPolicy, *[ROWS] * 6), max_size=3))),
+        layered=tuple(draw(st.lists(st.builds(LayeredPrompt, ROWS, ROWS), max_size=3))),
     )  # fmt: skip
 
 
@@ -55,7 +57,7 @@ def test_another_version_is_refused(step: StepInput, version: int) -> None:
 def test_a_step_cut_short_or_miscounted_is_refused(step: StepInput, data: st.DataObject) -> None:
     packed = step.pack()
     short = packed[: data.draw(st.integers(0, len(packed) - 1))]
-    place = data.draw(st.integers(1, 5))
+    place = data.draw(st.integers(1, 7))
     wrong = packed.clone()
     wrong[place] += data.draw(st.sampled_from([-1, 1, 1 << 40, -(1 << 40)]))
     shifted = packed.clone()  # the length is right: one list has an entry more, reserves an entry less

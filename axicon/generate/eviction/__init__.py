@@ -17,3 +17,6 @@ KV_POLICIES: dict[str, type[KVPolicy]] = {
     "tova": TOVA,
     "window": Window,
 }
+
+METHODS = sorted(KV_POLICIES)
+"""What `RowPolicy.method` counts."""

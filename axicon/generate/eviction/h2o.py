@@ -1,9 +1,9 @@
 """H2O: keep the tokens that attention keeps returning to, and the newest ones.
 
-Zhang et al., arXiv:2306.14048, algorithm 1: a slot's score is the attention it has received from all queries so
-far, summed over the query heads of its key head; the lowest go. Differs from the paper: four sinks are kept by
-default, eviction happens every `evict_every` tokens instead of after each one, and the prompt's own column sums
-are those of its causal attention (the released evaluation code also adds queries of the future).
+Zhang et al., arXiv:2306.14048, algorithm 1: a slot's score is the attention it has received from all queries
+so far, summed over the query heads of its key head; the lowest go. Differs from the paper: four sinks are
+kept by default, eviction happens every `evict_every` tokens instead of after each one, and the prompt's own
+column sums are those of its causal attention (the released evaluation code also adds queries of the future).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Key norm: keep the keys of small norm. Needs no attention at all.
 
-Devoto et al., arXiv:2406.11430, section 3: keys of low L2 norm receive the most attention. Differs from the paper:
-sinks and the newest tokens are kept, and no layer is left out.
+Devoto et al., arXiv:2406.11430, section 3: keys of low L2 norm receive the most attention. Differs from the
+paper: sinks and the newest tokens are kept, and no layer is left out.
 """
 
 from __future__ import annotations

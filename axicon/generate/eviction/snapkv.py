@@ -1,8 +1,8 @@
 """SnapKV: at the end of the prompt, keep what its last tokens look at, with the neighbours.
 
-Li et al., arXiv:2404.14469, section 4: the attention of the last 32 queries is summed per key head, smoothed over
-5 neighbours, and the best slots stay beside those 32. Answers are not evicted from, so a request holds its budget
-and its answer. Differs from the paper: one copy of the keys per key head, not per query head.
+Li et al., arXiv:2404.14469, section 4: the attention of the last 32 queries is summed per key head, smoothed
+over 5 neighbours, and the best slots stay beside those 32. Answers are not evicted from, so a request holds
+its budget and its answer. Differs from the paper: one copy of the keys per key head, not per query head.
 """
 
 from __future__ import annotations

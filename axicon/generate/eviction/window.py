@@ -1,8 +1,8 @@
 """Window: keep the first tokens and the newest ones.
 
 StreamingLLM, Xiao et al., arXiv:2309.17453, section 3.2: attention parks what it does not need on the first
-tokens, and a window without them breaks down. Differs from the paper: keys keep the rotation of their original
-position instead of one by their place in the cache.
+tokens, and a window without them breaks down. Differs from the paper: keys keep the rotation of their
+original position instead of one by their place in the cache.
 """
 
 from __future__ import annotations
