@@ -14,6 +14,7 @@ from axicon.model import checkpoint, safety
 from axicon.model.artefact import write_bytes, write_json
 from axicon.model.decoder import Block, Decoder
 from axicon.model.formats import Packing, as_config, packing_of
+from axicon.model.machine import return_freed_memory
 from axicon.model.tensorwriter import DENSE, PACKED, TensorWriter
 from axicon.model.weights import stored_tensors
 from axicon.protocols import Compressor
@@ -51,6 +52,7 @@ def write_compressed(
                     weights.add(name, tensor)
             packing.update(packing_of(part))
             weights.stem = PACKED if packing else DENSE
+            return_freed_memory()
             progress(part.last, layers, "")
 
         walk(compressor, blocks_of(source, layers, dtype), keep=keep)
@@ -92,6 +94,7 @@ def compress_blocks(
             states, errors = step(compressor, part, states, calibration, store)
             work.write(made, part, error=errors[0] if errors else None)
         part = None  # type: ignore[assignment] # before the next one is read
+        return_freed_memory()
         progress(work.done, shape.layers, f"error {errors[0]:.4f}" if errors else "")
 
 

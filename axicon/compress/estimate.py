@@ -88,12 +88,15 @@ def estimate(
         parts = [Decoder(shape, range(i, i + 1)) for i in range(shape.layers)]
         embedding = Decoder(shape).embed_tokens.weight.numel() * dtype.itemsize
     dense = [_bytes(part, dtype) for part in parts]
-    products = max(m.weight.numel() for part in parts for m in part.modules() if isinstance(m, nn.Linear))
+    blocks = [block for part in parts for block in part.blocks]
+    products = max(m.weight.numel() for block in blocks for m in block.modules() if isinstance(m, nn.Linear))
+    head = parts[-1].lm_head.weight.numel()
     disk = embedding + int((sum(dense) - embedding) * after / before) + OTHER_FILES
     return Estimate(
         seconds=seconds * sum(dense) / before + passes * shape.layers,
-        # A part once in memory and once as pages of its file; 612 MB measured for the embedded model's 614.
-        memory=2 * max(dense) + products * WORKING_BYTES + OVERHEAD + grams,
+        # A part once in memory and once as pages of its file, and a copy of the head of 8 bits. With data the
+        # OPT-1.3B shape takes four fifths of it, without data all: benchmarks/walk.py.
+        memory=2 * max(dense) + products * WORKING_BYTES + head + OVERHEAD + grams,
         disk=disk if calibration is None else 2 * disk,
         block_seconds=seconds + passes,
     )
@@ -124,11 +127,9 @@ def _try_calibrated(compressor: Compressor, part: Decoder, calibration: Calibrat
 
 
 def _gram_bytes(part: Decoder) -> int:
-    """Of the x x^T of all products of a block in float32, and of three more of the largest: what factoring it
-    takes.
-    """
+    """Of the x x^T of all products of a block in float32, and of one more of the largest: its factor."""
     widths = [m.in_features for block in part.blocks for m in block.children() if isinstance(m, nn.Linear)]
-    return 4 * (sum(width**2 for width in widths) + 3 * max(widths) ** 2)
+    return 4 * (sum(width**2 for width in widths) + max(widths) ** 2)
 
 
 def _bytes(part: Decoder, dtype: torch.dtype) -> int:
