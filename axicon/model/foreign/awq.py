@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from axicon.errors import AxiconError
-from axicon.model.foreign.layout import FLOATS, Layout, Tensors, bit_string, expect, only, refuse
+from axicon.model.foreign.layout import AUTO_ROUND, FLOATS, Layout, Tensors, bit_string, expect, only, refuse
 
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 """Output held by each half byte of a word."""
@@ -23,6 +23,7 @@ KEYS: dict[str, tuple[Any, ...] | None] = {
     "quant_method": ("awq",), "bits": (4,), "w_bit": (4,), "group_size": None, "q_group_size": None,
     "zero_point": (True,), "version": ("gemm", "GEMM"), "modules_to_not_convert": None, "backend": None,
     "do_fuse": (False, None), "fuse_max_seq_len": None, "modules_to_fuse": (None,), "exllama_config": None,
+    **AUTO_ROUND, "sym": (False,),
 }  # fmt: skip
 
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from axicon.errors import AxiconError
-from axicon.model.foreign.layout import FLOATS, Layout, Tensors, bit_string, expect, only, refuse
+from axicon.model.foreign.layout import AUTO_ROUND, FLOATS, Layout, Tensors, bit_string, expect, only, refuse
 
 KEYS: dict[str, tuple[Any, ...] | None] = {
     "quant_method": ("gptq",), "bits": (2, 4, 8), "group_size": None, "desc_act": (True, False),
@@ -32,6 +32,7 @@ KEYS: dict[str, tuple[Any, ...] | None] = {
     "max_input_length": None, "block_name_to_quantize": None, "module_name_preceding_first_block": None,
     "modules_in_block_to_quantize": None, "pad_token_id": None, "backend": None, "act_group_aware": None,
     "lm_head": (True, False), "format": ("gptq", "gptq_v2"), "method": ("gptq",),
+    **AUTO_ROUND,
 }  # fmt: skip
 
 

@@ -44,6 +44,15 @@ class Layout:
                 self.scale_dtype, self.integer_rows)
 
 
+AUTO_ROUND: dict[str, tuple[Any, ...] | None] = {
+    "provider": ("auto-round",), "autoround_version": None, "data_type": ("int",), "iters": None, "lr": None,
+    "minmax_lr": None, "nsamples": None, "seqlen": None, "enable_quanted_input": None,
+    "enable_minmax_tuning": None, "low_gpu_mem_usage": None, "gradient_accumulate_steps": None,
+    "to_quant_block_names": None,
+}  # fmt: skip
+"""What AutoRound adds to the config of the GPTQ and AWQ checkpoints that it writes: how they were made."""
+
+
 class Scheme(Protocol):
     """A `quantization_config` that was understood. `suffixes` are the tensors that a packed product has."""
 

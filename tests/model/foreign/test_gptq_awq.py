@@ -25,6 +25,10 @@ from tests.parity.variants import saved
 
 GROUP = 16
 AWQ_ORDER = [0, 2, 4, 6, 1, 3, 5, 7]
+AUTO_ROUND = {
+    "provider": "auto-round", "autoround_version": "0.16.1", "data_type": "int", "iters": 0,
+    "enable_quanted_input": False, "to_quant_block_names": "model.layers",
+}  # fmt: skip
 
 
 def words(codes: list[list[int]], bits: int, order: list[int] | None = None) -> Tensor:
@@ -87,7 +91,8 @@ def quantised(
 @pytest.mark.parametrize(("method", "more"), [
     ("gptq", {}), ("gptq", {"version": 2}), ("gptq", {"bits": 8}), ("gptq", {"bits": 2, "version": 2}),
     ("gptq", {"act_order": True, "version": 2}), ("gptq", {"variant": "llama_biases", "act_order": True}),
-    ("awq", {}), ("awq", {"variant": "llama_biases"}),
+    ("awq", {}), ("awq", {"variant": "llama_biases"}), ("gptq", AUTO_ROUND),
+    ("awq", AUTO_ROUND | {"sym": False}),
 ])  # fmt: skip
 @torch.no_grad()
 def test_weights_are_those_of_the_format(method: str, more: dict[str, Any], tmp_path: Path) -> None:
@@ -122,6 +127,7 @@ def test_logits_equal_the_dense_model_of_the_same_weights(method: str, tmp_path:
     ("gptq", {"bits": "4"}, "bits '4' is not read here"),
     ("gptq", {"checkpoint_format": "marlin"}, "checkpoint_format 'marlin' is not read here"),
     ("gptq", {"dynamic": {"+:.*": {"bits": 8}}}, "dynamic is not understood"),
+    ("gptq", {"data_type": "mx_fp"}, "data_type 'mx_fp' is not read here"),
     ("gptq", {"group_size": 0}, "group_size are missing"),
     ("gptq", {"group_size": 32}, "do not divide"),
     ("awq", {"version": "gemv"}, "version 'gemv' is not read here"),
