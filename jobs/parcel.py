@@ -78,14 +78,21 @@ def standing_still(parcel: Parcel) -> Iterator[Parcel]:
     """A copy of what would be sent, for the time of the block.
 
     Ray reads a folder twice, for the name of its archive and for the archive: a file that is written to in
-    between, such as a log, and the cluster looks for an archive that is not there.
+    between, such as a log, and the cluster looks for an archive that is not there. Raises AxiconError when
+    it cannot be copied.
     """
     with tempfile.TemporaryDirectory(prefix="axicon-") as folder:
-        for _, path in parcel.files:
-            target = Path(folder) / path
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with contextlib.suppress(FileNotFoundError):  # it has just gone
-                shutil.copy(parcel.folder / path, target)
+        try:
+            for _, path in parcel.files:
+                target = Path(folder) / path
+                target.parent.mkdir(parents=True, exist_ok=True)
+                with contextlib.suppress(FileNotFoundError):  # it has just gone
+                    shutil.copy(parcel.folder / path, target)
+        except OSError as error:
+            raise AxiconError(
+                f"{parcel.folder}: cannot be copied to {folder} ({error.strerror}); free some space there or "
+                "name another place in TMPDIR"
+            ) from None
         yield look(Path(folder))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import json
 import os
@@ -356,6 +357,16 @@ def test_the_parcel_holds_what_ray_would_send(tmp_path: Path) -> None:
     ours = parcel.look(tmp_path / "w")
     assert {str(path) for _, path in ours.files} == names
     assert target.stat().st_size <= ours.bytes <= target.stat().st_size + 1000
+
+
+def test_a_full_disk_is_one_line_and_nothing_is_sent(fake: FakeJobs, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(parcel.shutil, "copy", full)
+    with pytest.raises(AxiconError, match=r"code: cannot be copied to .* \(No space left on device\)"):
+        run()
+    assert fake.sent == []
 
 
 def test_too_large_an_upload_names_the_largest_files(tmp_path: Path) -> None:
