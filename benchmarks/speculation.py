@@ -192,6 +192,8 @@ def measure(recipe: SpeculationBench) -> dict[str, Any]:
     rows = timed(recipe, engine, kinds) if recipe.methods else []
     shapes = counted(recipe, engine, kinds["open"][: recipe.prompts]) if recipe.shapes else []
     shown = recipe.model_dump(mode="json", exclude={"data", "out"})
+    if recipe.draft is not None:
+        shown["draft"] = Path(recipe.draft).name  # where it lies is nobody's business
     return {**before, "recipe": shown, "rows": rows, "shapes": shapes}
 
 
