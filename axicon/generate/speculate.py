@@ -158,7 +158,8 @@ class Speculator:
             self._draft.forget(stream)
 
     def stats(self) -> Mapping[str, DraftStats]:
-        return {name: record.read() for name, record in self._records.items()}
+        """What each method has come to. Any thread may ask."""
+        return {name: record.read() for name, record in tuple(self._records.items())}
 
     def counts(self, stream: Stream) -> tuple[int, int] | None:
         """Guessed tokens of a stream that were right and wrong; None where it does not guess."""
