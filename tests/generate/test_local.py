@@ -83,7 +83,8 @@ def test_speculation_by_name_or_settings(model):
     for asked in ("lookup", {"method": "lookup", "depth": 4}):
         found = model.generate("ababab", max_tokens=30, temperature=0.0, speculation=asked)
         assert found.tokens == want.tokens
-    for wrong in ({"depth": 4}, {"method": "lookup", "size": 1}, {"method": "lookup", "verify": "no"}, "guess"):
+    lookup = {"method": "lookup"}
+    for wrong in ({"depth": 4}, lookup | {"size": 1}, lookup | {"verify": "no"}, "guess"):
         with pytest.raises(RequestError) as caught:
             model.generate("ababab", speculation=wrong)
         assert caught.value.param == "speculation"
