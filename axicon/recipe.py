@@ -240,7 +240,9 @@ class CompressRecipe(ModelRecipe):
     )
     calibration: CalibrationRecipe = Field(CalibrationRecipe(), description="sample, for methods with data")
     out: Path | None = Field(None, description="directory to make; none: artifacts/models/MODEL-METHOD")
-    measure: bool = Field(True, description="false: no tokens per second, which take some seconds")
+    measure: bool = Field(
+        True, description="false: no speed, memory, greedy texts, activations; `axicon card` can later"
+    )
     text: str | None = Field(None, description="perplexity before and after on this text or hub data set")
     column: str = Field("text", description="the field that holds the text of a record")
     window: int = Field(2048, ge=2, description="tokens per perplexity window")
@@ -250,7 +252,6 @@ class CompressRecipe(ModelRecipe):
 class EvaluateRecipe(ModelRecipe):
     """What to measure of a model: perplexity on a text, tasks of lm-eval, speed, or several of them."""
 
-    dtype: Dtype = Field("float32", description="numbers the model computes in")
     compressor: OptionalMethod = Field(None, description="applied after loading, such as llm_int8")
     text: str | None = Field(None, description="perplexity on this text file or hub data set")
     column: str = Field("text", description="the field that holds the text of a record")

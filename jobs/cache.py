@@ -73,7 +73,7 @@ def items(root: Path | None = None) -> list[Item]:
 def _places(root: Path) -> Iterator[Path]:
     """Paths that are listed one by one: one level deeper in the folders with many things."""
     for path in _children(root):
-        if path.name not in ("models", "kernels", "peers"):
+        if path.name not in ("models", "kernels", "peers", "answers"):
             yield path
             continue
         for inner in _children(path):
@@ -114,6 +114,8 @@ def _kind(parts: Sequence[str], path: Path) -> tuple[str, State, str]:
         return _kernels(path)
     if parts[0] == "models" and len(parts) > 1 and (conversion := CONVERSION.fullmatch(parts[1])):
         return _conversion(path, int(conversion[1])) if len(parts) == 3 else ("empty", "leftover", "empty")
+    if parts[0] == "answers":
+        return "answers of a model, for quality cards", "current", "made again when needed"
     if parts[0] == "peers":
         return "model for a benchmark", "current", "made again when needed"
     return "unknown", "foreign", "not axicon's; removed only if named"

@@ -16,10 +16,16 @@ from pydantic import Field
 
 from axicon.errors import AxiconError
 from axicon.recipe import Recipe, Words
+from jobs.labels import label
 
 WEIGHTS, BITS, PERPLEXITY = "weights", "bits per weight", "perplexity"
 SPEEDS = {"tokens/s, 1 stream": "1", "tokens/s, 8 streams": "8"}
 METHODS = "methods"
+OF_CARDS = (
+    "agreement/prefix", "agreement/equal", "first_token_ms", "peak_memory", "outliers/max_inf_norm",
+    "outliers/kurtosis",
+)  # fmt: skip
+"""Rows of a card that are shown under their label, where they were measured."""
 
 
 class CompareRecipe(Recipe):
@@ -51,6 +57,10 @@ class Column:
     typed: str
     methods: str
     figures: Mapping[str, Figure]
+    sha256: str = ""
+    """Of the model, where it is a directory."""
+    base: tuple[str, Mapping[str, Figure]] = ("", {})
+    """Digest of the dense model that a card is about too, and what the card says of it."""
 
     def get(self, row: str) -> Figure:
         return self.figures.get(row) or Figure(why="not measured", command=self.command_for(row))
@@ -64,6 +74,8 @@ class Column:
             return f"{start} speed=true"
         if row == PERPLEXITY:
             return f"{start} text=FILE"
+        if row in {label(name) for name in OF_CARDS}:
+            return f"axicon card {self.typed}"
         return "" if row in (WEIGHTS, BITS) else f"{start} tasks={row.partition(' ')[0]} data=DIR"
 
 
@@ -93,7 +105,7 @@ def run(recipe: CompareRecipe) -> Comparison:
 
     if len(recipe.model) < 2:
         raise AxiconError("compare takes two models or more: directories, demo, or results_*.json files")
-    columns = _told_apart([read(typed) for typed in recipe.model])
+    columns = _told_apart(_from_cards([read(typed) for typed in recipe.model]))
     names = list(dict.fromkeys(name for column in columns for name in column.figures))
     first = [WEIGHTS, BITS, PERPLEXITY]
     order = [*first, *(name for name in names if name not in (*first, *SPEEDS)), *SPEEDS]
@@ -104,6 +116,18 @@ def run(recipe: CompareRecipe) -> Comparison:
             "them with the same text= and windows=, the same tasks=, or speed=true"
         )
     return Comparison(columns, rows)
+
+
+def _from_cards(columns: Sequence[Column]) -> list[Column]:
+    """What a dense model lacks may stand in the card of another one, beside what that is compared with."""
+    filled = []
+    for column in columns:
+        known = {row: figure for row, figure in column.figures.items() if figure.value is not None}
+        for sha256, figures in (other.base for other in columns):
+            if column.sha256 and sha256 == column.sha256:
+                known = {**figures, **known}
+        filled.append(replace(column, figures={**column.figures, **known}))
+    return filled
 
 
 def _told_apart(columns: Sequence[Column]) -> list[Column]:

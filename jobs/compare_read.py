@@ -7,12 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from axicon.errors import AxiconError
+from axicon.evaluate.card import Kind, Row
 from axicon.model import checkpoint, safety
-from jobs.compare import BITS, PERPLEXITY, SPEEDS, WEIGHTS, Column, Figure
-from jobs.evaluate import DEFAULT_OUT, figures, metric_name
+from jobs.card_file import read_rows
+from jobs.compare import BITS, OF_CARDS, PERPLEXITY, SPEEDS, WEIGHTS, Column, Figure
+from jobs.evaluate import DEFAULT_OUT
+from jobs.labels import label
 from jobs.manifest import Link, Manifest
 from jobs.model_report import ModelReport, Speed, protocol, weight_bytes
-from jobs.record import speed_of
+from jobs.record import figures, metric_name, questions, speed_of
 
 RESULTS_ONLY = "a results file does not hold it; name the model directory"
 
@@ -34,9 +37,11 @@ def read(typed: str) -> Column:
 
 def _directory(typed: str, folder: Path) -> Column:
     manifest, report = Manifest.read(folder), ModelReport.read(folder)
-    known = _sizes(folder) | _report(typed, report, compressed=bool(manifest and manifest.chain))
+    compressed, rows = bool(manifest and manifest.chain), read_rows(folder)
+    known = _sizes(folder) | _report(typed, report, compressed=compressed) | _card(rows, "compressed")
     # A directory without a manifest has no report, and no report holds tasks: earlier results may.
-    for earlier in _earlier(checkpoint.model_id(typed), checkpoint.digest(folder)):
+    sha256 = checkpoint.digest(folder)
+    for earlier in _earlier(checkpoint.model_id(typed), sha256):
         for row, figure in earlier.items():
             if row not in known or (known[row].value is None and figure.value is not None):
                 known[row] = figure
@@ -45,7 +50,32 @@ def _directory(typed: str, folder: Path) -> Column:
         typed=typed,
         methods=manifest.method_chain() if manifest else "not recorded",
         figures=known,
+        sha256=sha256,
+        base=(manifest.parents[0].sha256 if manifest and rows and manifest.parents else "", _dense(rows)),
     )
+
+
+def _card(rows: Mapping[str, Row], kind: Kind) -> dict[str, Figure]:
+    """What a card knows beyond report.json, as far as it was measured."""
+    known = {}
+    for name, row in rows.items():
+        task, _, metric = name.partition("/")
+        shown = f"{task} {metric}" if "examples shown" in row.basis else label(name)
+        if (name in OF_CARDS or "examples shown" in row.basis) and row.get(kind) is not None:
+            # Results of lm-eval's own command do not say in which numbers they were computed.
+            basis = {key: value for key, value in row.basis.items() if key != "dtype"}
+            known[shown] = Figure(value=row.get(kind), basis=basis)
+    return known
+
+
+def _dense(rows: Mapping[str, Row]) -> dict[str, Figure]:
+    """What a card says of the dense model; perplexity and speed, too."""
+    known = _card(rows, "dense")
+    names = {PERPLEXITY: "perplexity"} | {shown: f"tokens_per_s/{s}" for shown, s in SPEEDS.items()}
+    for shown, name in names.items():
+        if (row := rows.get(name)) is not None and row.dense is not None:
+            known[shown] = Figure(value=row.dense, basis=row.basis)
+    return known
 
 
 def _sizes(folder: Path) -> dict[str, Figure]:
@@ -139,16 +169,6 @@ def _measured(content: Mapping[str, Any]) -> dict[str, Figure]:
         known[PERPLEXITY] = Figure(value=float(perplexity["value"]), basis=basis)
     for task, scores in content["results"].items():
         for key, value in figures(scores):
-            known[f"{task} {metric_name(key)}"] = Figure(value=value, basis=_questions(content, task))
+            known[f"{task} {metric_name(key)}"] = Figure(value=value, basis=questions(content, task))
     speed = speed_of(ours)
     return known | ({} if speed is None else _speeds("", speed))
-
-
-def _questions(content: Mapping[str, Any], task: str) -> dict[str, Any]:
-    """What two scores of a task must share; the hash is over questions and prompts."""
-    asked = content.get("n-samples", {}).get(task, {})
-    return {
-        "examples shown": content.get("n-shot", {}).get(task),
-        "questions": asked.get("effective"),
-        "prompts": content.get("task_hashes", {}).get(task),
-    }

@@ -14,7 +14,19 @@ from typing import Any
 from rich.table import Table
 
 from axicon.errors import AxiconError
-from jobs.compare import BITS, METHODS, PERPLEXITY, SPEEDS, WEIGHTS, Cell, Comparison, Figure, difference
+from jobs import labels
+from jobs.compare import (
+    BITS,
+    METHODS,
+    OF_CARDS,
+    PERPLEXITY,
+    SPEEDS,
+    WEIGHTS,
+    Cell,
+    Comparison,
+    Figure,
+    difference,
+)
 from jobs.shown import size
 
 SUFFIXES = (".svg", ".png")
@@ -72,6 +84,8 @@ def _note(text: str, notes: list[str]) -> str:
 def written(row: str, value: float) -> str:
     if row == WEIGHTS:
         return size(int(value))
+    if (name := next((name for name in OF_CARDS if labels.label(name) == row), None)) is not None:
+        return labels.written(name, value)
     digits = {BITS: 2, PERPLEXITY: 3} | dict.fromkeys(SPEEDS, 1)
     return f"{value:.{digits.get(row, 4)}f}"
 

@@ -1,7 +1,8 @@
 """`axicon compress`: a smaller copy of a model, written block by block, with what is measured of it.
 
-What is written: the model directory, with `manifest.json` over it and `report.json` beside that. The manifest
-says what decides the bytes, the report what they are worth; only the report is ever written again.
+What is written: the model directory, with `manifest.json` over it and its card (`card.json`, `README.md`,
+`report.json`) beside that. The manifest says what decides the bytes, the card what they are worth; only the
+card is ever written again.
 """
 
 from __future__ import annotations
@@ -18,7 +19,6 @@ from typing import Any, Self
 
 import torch
 import transformers
-from rich.table import Table
 
 from axicon import __version__
 from axicon.compress.calibration import Calibration
@@ -33,8 +33,9 @@ from axicon.model.machine import available_memory, cores
 from axicon.protocols import Compressor
 from axicon.recipe import CompressRecipe
 from jobs.calibration import Sample
-from jobs.figures import Measure, sizes
-from jobs.model_report import ModelReport
+from jobs.card import report_of
+from jobs.card_file import Card
+from jobs.figures import Measure
 from jobs.progress import Advance, Reporter
 from jobs.report import Report
 from jobs.shown import size
@@ -64,19 +65,9 @@ def run(recipe: CompressRecipe, reporter: Reporter | None = None) -> Report:
             _make(plan, measure, reporter)
         else:
             _make_calibrated(plan, plan.sample, measure, reporter)
-    try:
-        figures = ModelReport.read(plan.target) if done else measure.run(plan.target, reporter)
-    except Stopped as stopped:
-        stopped.kept = f"{plan.target} is whole, and its report.json says what was not measured"
-        raise
-    return Report(
-        verb="compress",
-        recipe=recipe,
-        metrics=_metrics(figures),
-        seconds=time.perf_counter() - clock,
-        files=(plan.target,),
-        details=figures.model_dump(mode="json", by_alias=True) | {"name": plan.target.name, "done": done},
-    )
+    card = Card.of(plan.target) if done else measure.run(plan.target, reporter)
+    assert card is not None
+    return report_of(card, "compress", recipe, time.perf_counter() - clock, done=done)
 
 
 @dataclass(frozen=True)
@@ -216,8 +207,7 @@ def _make(plan: Plan, measure: Measure, reporter: Reporter) -> None:
             progress=advance,
         )
         write_manifest(folder, **plan.facts())
-        measure.sizes = sizes(folder, plan.source)
-        measure.report("the run ended before it was measured").write(folder)
+        measure.begin(folder)
 
 
 def _check(plan: Plan, need: Estimate, reporter: Reporter) -> None:
@@ -253,15 +243,19 @@ def _make_calibrated(plan: Plan, sample: Sample, measure: Measure, reporter: Rep
             _check(plan, need.with_states(states, on_disk), reporter)
             with reporter.track("blocks") as advance:
                 compress_blocks(
-                    plan.compressor, plan.source, work, calibration, dtype=dtype, on_disk=on_disk,
+                    plan.compressor,
+                    plan.source,
+                    work,
+                    calibration,
+                    dtype=dtype,
+                    on_disk=on_disk,
                     progress=_with_time_left(advance, work.done),
                 )
         seen = {"sha256": calibration.sha256, "block_errors": work.errors()}
         with atomic_directory(plan.target) as folder:
             write_calibrated(plan.source, folder, work, dtype=dtype)
             write_manifest(folder, **facts, calibration=sample.facts() | seen)
-            measure.sizes = sizes(folder, plan.source)
-            measure.report("the run ended before it was measured").write(folder)
+            measure.begin(folder)
     except Stopped as stopped:
         stopped.kept = f"{work.done} finished blocks are kept in {work.folder}; run the same command to go on"
         raise
@@ -296,43 +290,7 @@ def _seconds(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
 
 
-def _metrics(report: ModelReport) -> dict[str, float]:
-    known = {
-        "bytes": report.bytes.total,
-        "dense_bytes": report.bytes.dense_total,
-        "perplexity": report.perplexity.compressed,
-        "dense_perplexity": report.perplexity.dense,
-        "tokens_per_s": report.tokens_per_s.one,
-        "tokens_per_s_8": report.tokens_per_s.eight,
-    }
-    return {key: float(value) for key, value in known.items() if value is not None}
-
-
-def table(report: Report) -> Table:
-    """What a person wants to see of it first."""
-    figures = ModelReport.model_validate(report.details)
-    result = Table(title=f"{report.details['name']}, {report.seconds:.0f} s", title_justify="left")
-    result.add_column("")
-    for column in ("dense", "compressed"):
-        result.add_column(column, justify="right")
-    weights, parts = figures.bytes, figures.bytes.model_extra or {}
-    if weights.total is not None and weights.dense_total:
-        share = weights.total / weights.dense_total
-        result.add_row("weights", size(weights.dense_total), f"{size(weights.total)} ({share:.0%})")
-    for part in ("embedding", "blocks", "head"):
-        if parts.get(part):
-            result.add_row(f"  {part}", "", size(parts[part]))
-    perplexity = figures.perplexity
-    if perplexity.compressed is not None:
-        dense = "" if perplexity.dense is None else f"{perplexity.dense:.4f}"
-        result.add_row(f"perplexity, {perplexity.windows} windows", dense, f"{perplexity.compressed:.4f}")
-    for streams, value in (("1", figures.tokens_per_s.one), ("8", figures.tokens_per_s.eight)):
-        if value is not None:
-            result.add_row(f"tokens/s, {streams} at once", "", f"{value:.1f}")
-    return result
-
-
 def next_step(report: Report) -> str:
     """Where the model lies, and how it is served."""
     [folder] = report.files
-    return f"it lies in {folder}\nserve it: axicon serve {folder}"
+    return f"it lies in {folder}, with all of this in its README.md\nserve it: axicon serve {folder}"

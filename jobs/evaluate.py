@@ -2,7 +2,8 @@
 
 What is written: `OUT/MODEL/results_TIME.json`, with the keys lm-eval's own command writes and ours under
 `axicon`, and `samples_TASK_TIME.jsonl` beside it. Programs that read lm-eval's results read these. A model
-directory with a manifest of axicon also gets perplexity and speed into its `report.json`.
+directory with a manifest of axicon also gets perplexity and speed into its `report.json`, and a compressed
+one all of it into its card.
 """
 
 from __future__ import annotations
@@ -13,8 +14,9 @@ import platform
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
@@ -27,10 +29,16 @@ from axicon.evaluate.run import Tasks
 from axicon.recipe import EvaluateRecipe
 from jobs.model_report import Speed
 from jobs.progress import Reporter
-from jobs.record import Record, measure_speed
+from jobs.record import Record, figures, measure_speed, metric_name
 from jobs.report import Report, writable_folder, write_json, write_json_lines
 from jobs.stop import Stopped
 from jobs.submitted import digest
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from axicon.model.decoder import Attend, Decoder
 
 DEFAULT_OUT = Path("artifacts/evaluate")
 RESULT_KEYS = (
@@ -58,19 +66,21 @@ def run(recipe: EvaluateRecipe, reporter: Reporter | None = None) -> Report:
     text = None if recipe.text is None else join_rows(read_rows(recipe.text, column=recipe.column))
     tasks = Tasks(recipe.tasks, data_dir=recipe.data, include=recipe.include) if recipe.tasks else None
     subject = Subject(recipe)
+    subject.prepare()
     folder = writable_folder((recipe.out or DEFAULT_OUT) / subject.name.replace("/", "__"))
     record = Record.open(subject.path)
     if text is not None or tasks is not None:
-        subject.load()
+        subject.decoder  # noqa: B018 - read now, so that what is wrong with it shows first
 
     answered = Answered(folder / unfinished(recipe), subject.identity())
     if answered.found:
         reporter.say(f"going on from {answered.path}, where an earlier run was stopped")
     with _kept(answered):
-        measured = None if text is None else _perplexity(subject, text, answered, reporter)
-        results = {} if tasks is None else _run_tasks(subject, tasks, answered, reporter)
+        measured = None if text is None else measure_perplexity(subject, text, answered, reporter)
+        results = {} if tasks is None else measure_tasks(subject, tasks, answered, reporter)
         subject.release()
-        speed = measure_speed(recipe, subject.path, reporter) if recipe.speed else None
+        served = measure_speed(recipe, subject.path, reporter) if recipe.speed else None
+        speed = None if served is None else Speed.of(served)
 
     samples = results.pop("samples", {})
     content = {**_empty_results(recipe, started), **results, **_general(subject, clock)}
@@ -79,7 +89,7 @@ def run(recipe: EvaluateRecipe, reporter: Reporter | None = None) -> Report:
         "tokens_per_s": speed and speed.model_dump(by_alias=True),
     }
     files = _write(folder, datetime.fromtimestamp(started), content, samples)
-    if record is not None and (note := record.add(recipe, measured, speed)):
+    if record is not None and (note := record.add(recipe, measured, results, served)):
         reporter.say(note)
     answered.remove()
     return Report(
@@ -139,7 +149,7 @@ def table(report: Report) -> Table:
 
 
 class Subject:
-    """The model that is measured: found when this is made, read into memory by `load`."""
+    """The model that is measured: found when this is made, read into memory with `decoder`."""
 
     def __init__(self, recipe: EvaluateRecipe) -> None:
         from axicon.compress.walk import Compress
@@ -155,19 +165,26 @@ class Subject:
         if self.compressor is not None:
             self.digest += f" {Compress(self.compressor)}"
 
-    def load(self) -> None:
+    def prepare(self) -> None:
+        """Threads and tokenizer, but no weights yet."""
+        import torch
+
+        from axicon.model import checkpoint
+        from axicon.model.machine import cores
+
+        torch.set_num_threads(self.recipe.threads or cores())
+        self.tokenizer = checkpoint.load_tokenizer(self.path)
+        self.shape = checkpoint.shape_of(self.path)
+
+    @cached_property
+    def decoder(self) -> Decoder:
         import torch
 
         from axicon.compress.walk import Compress
         from axicon.model import checkpoint
-        from axicon.model.machine import cores
 
-        recipe = self.recipe
-        torch.set_num_threads(recipe.threads or cores())
-        self.tokenizer = checkpoint.load_tokenizer(self.path)
-        self.decoder = checkpoint.load(self.path, dtype=getattr(torch, recipe.dtype))
-        if self.compressor is not None:
-            self.decoder = Compress(self.compressor)(self.decoder)
+        decoder = checkpoint.load(self.path, dtype=getattr(torch, self.recipe.dtype))
+        return decoder if self.compressor is None else Compress(self.compressor)(decoder)
 
     def release(self) -> None:
         """Give the memory of the weights back."""
@@ -196,26 +213,52 @@ class Subject:
 
     def identity(self) -> dict[str, Any]:
         """What decides the bits of an answer beside the question."""
-        import torch
-        import transformers
-
-        return {
-            "version": __version__,
-            "model_sha256": self.digest,
-            "dtype": self.recipe.dtype,
-            "threads": torch.get_num_threads(),
-            "cpu": torch.backends.cpu.get_cpu_capability(),
-            "machine": platform.machine(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        }
+        return identity(self.digest, self.recipe.dtype)
 
 
-def _perplexity(subject: Subject, text: str, answered: Answered, reporter: Reporter) -> Perplexity:
+def identity(model_sha256: str, dtype: str) -> dict[str, Any]:
+    """The same for any model, in this process."""
+    import torch
+    import transformers
+
+    return {
+        "version": __version__,
+        "model_sha256": model_sha256,
+        "dtype": dtype,
+        "threads": torch.get_num_threads(),
+        "cpu": torch.backends.cpu.get_cpu_capability(),
+        "machine": platform.machine(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+class WhenAsked:
+    """The decoder of a subject, read into memory with the first question that is not answered yet."""
+
+    def __init__(self, subject: Subject) -> None:
+        self._subject = subject
+        self.shape = subject.shape
+
+    @property
+    def device(self) -> torch.device:
+        return self._subject.decoder.device
+
+    def __call__(self, tokens_N: Tensor, positions_N: Tensor, attend: Attend) -> Tensor:
+        return self._subject.decoder(tokens_N, positions_N, attend)
+
+    def head(self, x_ND: Tensor) -> Tensor:
+        return self._subject.decoder.head(x_ND)
+
+
+def measure_perplexity(
+    subject: Subject, text: str, answered: Answered, reporter: Reporter, title: str = "perplexity"
+) -> Perplexity:
+    """By the settings of the subject's recipe."""
     recipe = subject.recipe
-    with reporter.track("perplexity") as advance:
+    with reporter.track(title) as advance:
         return perplexity(
-            subject.decoder,
+            WhenAsked(subject),
             subject.tokenizer,
             text,
             window=recipe.window,
@@ -226,15 +269,18 @@ def _perplexity(subject: Subject, text: str, answered: Answered, reporter: Repor
         )
 
 
-def _run_tasks(subject: Subject, tasks: Tasks, answered: Answered, reporter: Reporter) -> dict[str, Any]:
+def measure_tasks(
+    subject: Subject, tasks: Tasks, answered: Answered, reporter: Reporter, title: str = ""
+) -> dict[str, Any]:
+    """What lm-eval says of the tasks, by the settings of the subject's recipe."""
     from axicon.evaluate.harness import AxiconLM
 
     recipe = subject.recipe
-    with reporter.track(", ".join(recipe.tasks)) as advance:
+    with reporter.track(title or ", ".join(recipe.tasks)) as advance:
         lm = AxiconLM(
-            subject.decoder,
+            WhenAsked(subject),
             subject.tokenizer,
-            max_length=subject.decoder.shape.max_positions,
+            max_length=subject.shape.max_positions,
             make_engine=subject.make_engine,
             seed=recipe.seed,
             progress=lambda what, done, total: advance(done, total, what),
@@ -311,19 +357,6 @@ def _sample(record: Mapping[str, Any]) -> dict[str, Any]:
 
 def _texts(value: Any) -> Any:
     return [_texts(item) for item in value] if isinstance(value, list | tuple) else str(value)
-
-
-def figures(scores: Mapping[str, Any]) -> Iterator[tuple[tuple[str, str], float]]:
-    """((metric, filter), value) of one task, without the standard errors."""
-    for key, value in scores.items():
-        metric, comma, filtered = key.partition(",")
-        if comma and not metric.endswith("_stderr") and isinstance(value, int | float):
-            yield (metric, filtered), float(value)
-
-
-def metric_name(key: tuple[str, str]) -> str:
-    metric, filtered = key
-    return metric if filtered == "none" else f"{metric} ({filtered})"
 
 
 def _metrics(

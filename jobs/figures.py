@@ -1,38 +1,25 @@
-"""What is measured of a compressed model right after it was made: sizes, perplexity, speed."""
+"""What is measured of a compressed model right after it was made: its card, as far as a recipe asks."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
-
-import torch
+from typing import Self
 
 from axicon.data import join_rows, read_rows
 from axicon.errors import AxiconError
-from axicon.evaluate import perplexity
+from axicon.evaluate.card import KINDS
 from axicon.evaluate.perplexity import cut_windows, tokenise
 from axicon.model import checkpoint
-from axicon.model.shards import open_weights
-from axicon.recipe import CompressRecipe, EvaluateRecipe
-from jobs.model_report import Bytes, Kind, ModelReport, PerplexityFigures, Speed, weight_bytes
+from axicon.recipe import CompressRecipe
+from jobs.card import Filling
+from jobs.card_file import Card
+from jobs.card_measure import SERVED, Asked
 from jobs.progress import Reporter
-from jobs.record import measure_speed
 
-
-def sizes(folder: Path, source: Path) -> Bytes:
-    """Bytes of the weight files of both, and of the parts of the compressed one without the file's header."""
-    parts = {"embedding": 0, "blocks": 0, "head": 0}
-    for name, stored in open_weights(folder, {}).items():
-        parts[_part(name)] += stored.entry.end - stored.entry.begin
-    return Bytes.model_validate({"total": weight_bytes(folder), "dense_total": weight_bytes(source), **parts})
-
-
-def _part(name: str) -> str:
-    if "layers." in name or name.startswith("blocks."):
-        return "blocks"
-    return "embedding" if "embed" in name or "project_in" in name else "head"
+TASKS_LATER = "zero-shot tasks need data and minutes"
+NO_TEXT = "no text was given"
+NOT_ASKED = "measure=false"
 
 
 @dataclass
@@ -42,7 +29,6 @@ class Measure:
     recipe: CompressRecipe
     source: Path
     text: str | None
-    sizes: Bytes = field(default_factory=Bytes)
 
     @classmethod
     def of(cls, recipe: CompressRecipe, source: Path) -> Self:
@@ -56,60 +42,37 @@ class Measure:
         cut_windows(tokenise(checkpoint.load_tokenizer(source), text), recipe.window, recipe.windows)
         return cls(recipe, source, text)
 
-    def report(self, reason: str) -> ModelReport:
-        """Nothing but sizes; the rest is null for `reason`, or because nobody asked."""
-        speed = dict.fromkeys(Speed.figures, reason if self.recipe.measure else "measure=false")
-        quality = "no text was given: axicon evaluate DIR text=FILE measures it"
-        reasons = dict.fromkeys(PerplexityFigures.figures, quality if self.text is None else reason)
-        return ModelReport(
-            bytes=self.sizes,
-            perplexity=PerplexityFigures(reason=reasons),
-            tokens_per_s=Speed(reason=speed),
-        )
+    def begin(self, folder: Path) -> None:
+        """The card of a model that is just made: nothing but sizes, the rest null with its reason."""
+        card = Card.of(folder)
+        assert card is not None
+        for name in card.rows:
+            for kind in KINDS:
+                card.why_not(name, kind, self._why(name))
+        self._filling(card, Reporter()).sizes()
+        card.write()
 
-    def run(self, folder: Path, reporter: Reporter) -> ModelReport:
-        """Measure the finished model and write its report after each figure.
+    def run(self, folder: Path, reporter: Reporter) -> Card:
+        """Measure the finished model and write its card after each figure.
 
-        What cannot be measured is said and has its reason in the report: the model is there all the same.
+        What cannot be measured is said and has its reason in the card: the model is there all the same.
         """
-        report = self.report("the run ended before it was measured")
-        if self.text is not None:
-            for figures in self._perplexities(folder, self.text, reporter):
-                report = report.updated(perplexity=figures)
-                report.write(folder)
-        if self.recipe.measure:
-            try:
-                plain = EvaluateRecipe(model=str(folder), threads=torch.get_num_threads())
-                speed = measure_speed(plain, folder, reporter)
-            except AxiconError as error:
-                speed = Speed(reason=dict.fromkeys(Speed.figures, str(error)))
-                reporter.say(f"tokens per second were not measured: {error}")
-            report = report.updated(tokens_per_s=speed)
-            report.write(folder)
-        return report
+        card = Card.of(folder)
+        assert card is not None
+        self._filling(card, reporter).run()
+        return card
 
-    def _perplexities(self, folder: Path, text: str, reporter: Reporter) -> Iterator[PerplexityFigures]:
-        """Before compression and after, each with what is known by then."""
+    def _filling(self, card: Card, reporter: Reporter) -> Filling:
         recipe = self.recipe
-        models: tuple[tuple[Kind, Path], ...] = (("dense", self.source), ("compressed", folder))
-        for kind, path in models:
-            try:
-                decoder = checkpoint.load(path, dtype=getattr(torch, recipe.dtype))
-                with reporter.track(f"perplexity, {kind}") as advance:
+        asked = Asked(
+            text=self.text, window=recipe.window, windows=recipe.windows, dtype=recipe.dtype,
+            threads=recipe.threads, activations=recipe.measure,
+        )  # fmt: skip
+        return Filling(card, asked, recipe.measure, False, reporter, dense=self.source)
 
-                    def said(done: int, total: int, value: float, tell: Any = advance) -> None:
-                        tell(done, total, f"{value:.4f}")
-
-                    measured = perplexity(
-                        decoder,
-                        checkpoint.load_tokenizer(path),
-                        text,
-                        window=recipe.window,
-                        windows=recipe.windows,
-                        progress=said,
-                    )
-                yield PerplexityFigures.of(measured, recipe.dtype, kind)
-            except AxiconError as error:
-                reporter.say(f"perplexity of the {kind} model was not measured: {error}")
-                yield PerplexityFigures(reason={kind: str(error)})
-            decoder = None  # type: ignore[assignment] # before the other one is read
+    def _why(self, name: str) -> str:
+        if name == "perplexity":
+            return NO_TEXT if self.text is None else "the run ended before it was measured"
+        if name.startswith((*SERVED, "outliers/", "bytes")):
+            return "the run ended before it was measured" if self.recipe.measure else NOT_ASKED
+        return TASKS_LATER

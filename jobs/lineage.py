@@ -77,7 +77,7 @@ def _with_manifest(
 def _parent(parent: Parent, child: Path, above: tuple[Path, ...]) -> Ancestor:
     ancestor = Ancestor(name=parent.name, sha256=parent.sha256, source=parent.source)
     try:
-        place = _locate(parent.source, child)
+        place = locate(parent.source, child)
     except AxiconError as error:
         return dataclasses.replace(ancestor, state="gone", note=str(error))
     if place is None:
@@ -98,7 +98,7 @@ def _parent(parent: Parent, child: Path, above: tuple[Path, ...]) -> Ancestor:
     return dataclasses.replace(whole, note="; ".join(filter(None, dict.fromkeys([note, whole.note]))))
 
 
-def _locate(source: str, child: Path) -> Path | None:
+def locate(source: str, child: Path) -> Path | None:
     """Directory or file of a source, without fetching or converting anything. Raises AxiconError.
 
     A relative path is looked for from here and from beside the child.

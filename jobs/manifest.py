@@ -59,6 +59,7 @@ class Manifest(_Part):
     chain: tuple[Link, ...] = ()
     """Methods in the order in which they were applied; empty for a dense model."""
     parents: tuple[Parent, ...] = ()
+    licence: str | None = None
     files: dict[str, Stored] = Field(default_factory=dict)
 
     @classmethod

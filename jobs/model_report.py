@@ -13,21 +13,21 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from axicon.errors import AxiconError
+from axicon.evaluate.card import PARTS, Kind
 from axicon.model import safety
 from axicon.model.artefact import write_atomically
 
 if TYPE_CHECKING:
     from axicon.evaluate import Perplexity
+    from axicon.evaluate.serving import Serving
 
 FILE = "report.json"
 NOT_MEASURED = "not measured"
-
-Kind = Literal["dense", "compressed"]
 
 
 class Block(BaseModel):
@@ -126,6 +126,11 @@ class Speed(Block):
     conditions: str | None = None
     """Processor, threads, numbers and lengths: what two speeds must share to be compared."""
 
+    @classmethod
+    def of(cls, served: Serving) -> Self:
+        reason = dict.fromkeys(cls.figures, served.reason.get("tokens_per_s", NOT_MEASURED))
+        return cls.model_validate({**served.tokens_per_s, "conditions": served.conditions, "reason": reason})
+
 
 class ModelReport(BaseModel):
     """The whole of `report.json`. Frozen: `updated` gives another."""
@@ -184,3 +189,19 @@ def weight_bytes(folder: Path) -> int:
     from axicon.model.shards import weight_files
 
     return sum((folder / name).stat().st_size for name in weight_files(folder))
+
+
+def part_bytes(folder: Path) -> dict[str, int]:
+    """Bytes of the tensors of embedding, blocks and head. Raises AxiconError."""
+    from axicon.model.shards import open_weights
+
+    parts = dict.fromkeys(PARTS, 0)
+    for name, stored in open_weights(folder, {}).items():
+        parts[_part(name)] += stored.entry.end - stored.entry.begin
+    return parts
+
+
+def _part(name: str) -> str:
+    if "layers." in name or name.startswith("blocks."):
+        return "blocks"
+    return "embedding" if "embed" in name or "project_in" in name else "head"

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-import platform
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from axicon.errors import AxiconError
-from axicon.recipe import Dtype, EvaluateRecipe
+from axicon.evaluate.card import Better, Kind
+from axicon.evaluate.serving import Serving
+from axicon.recipe import EvaluateRecipe
+from jobs.card_file import Card, put_serving
 from jobs.manifest import Manifest
 from jobs.model_report import FILE, Bytes, ModelReport, PerplexityFigures, Speed, weight_bytes
 from jobs.progress import Reporter
@@ -17,51 +20,64 @@ from jobs.progress import Reporter
 if TYPE_CHECKING:
     from axicon.evaluate import Perplexity
 
-SPEED_DTYPE: Dtype = "bfloat16"
-"""Speed is measured as a model would be served, whatever its perplexity is computed in."""
+
+@dataclass(frozen=True, kw_only=True)
+class TaskFigure:
+    """One metric of one task, as a row of a card."""
+
+    name: str
+    value: float
+    stderr: float | None
+    better: Better | None
+    basis: dict[str, Any]
 
 
-def measure_speed(recipe: EvaluateRecipe, folder: Path, reporter: Reporter) -> Speed:
-    """Tokens per second at 1 and 8 streams, greedy, in an engine of its own, with the recipe's compressor.
+def task_figures(results: Mapping[str, Any], dtype: str) -> Iterator[TaskFigure]:
+    """Of results of lm-eval: `sst2/acc` and so on."""
+    for task, scores in results.get("results", {}).items():
+        for (metric, filtered), value in figures(scores):
+            error = scores.get(f"{metric}_stderr,{filtered}")
+            higher = results.get("higher_is_better", {}).get(task, {}).get(metric)
+            yield TaskFigure(
+                name=f"{task}/{metric_name((metric, filtered))}",
+                value=value,
+                stderr=error if isinstance(error, float) and math.isfinite(error) else None,
+                better=None if higher is None else "higher" if higher else "lower",
+                basis=questions(results, task) | {"dtype": dtype},
+            )
 
-    A model too short for the prompts gets nulls and the reason.
-    """
-    import torch
 
-    from axicon.compress.walk import Compress
-    from axicon.evaluate import speed
-    from axicon.generate.build import build_engine
+def questions(results: Mapping[str, Any], task: str) -> dict[str, Any]:
+    """What two scores of a task must share; the hash is over questions and prompts."""
+    asked = results.get("n-samples", {}).get(task, {})
+    return {
+        "examples shown": results.get("n-shot", {}).get(task),
+        "questions": asked.get("effective"),
+        "prompts": results.get("task_hashes", {}).get(task),
+    }
+
+
+def figures(scores: Mapping[str, Any]) -> Iterator[tuple[tuple[str, str], float]]:
+    """((metric, filter), value) of one task, without the standard errors."""
+    for key, value in scores.items():
+        metric, comma, filtered = key.partition(",")
+        if comma and not metric.endswith("_stderr") and isinstance(value, int | float):
+            yield (metric, filtered), float(value)
+
+
+def metric_name(key: tuple[str, str]) -> str:
+    metric, filtered = key
+    return metric if filtered == "none" else f"{metric} ({filtered})"
+
+
+def measure_speed(recipe: EvaluateRecipe, folder: Path, reporter: Reporter) -> Serving:
+    """How fast it is when it is served, with the recipe's compressor, in a process of its own."""
+    from axicon.evaluate import serving
     from axicon.model import checkpoint
 
     compressor = recipe.build_compressor(checkpoint.packed_formats(folder))
-    engine = build_engine(
-        str(folder),
-        dtype=SPEED_DTYPE,
-        threads=recipe.threads,
-        transform=None if compressor is None else Compress(compressor),
-    )
-    conditions = (
-        f"{processor()}, {torch.get_num_threads()} threads, {SPEED_DTYPE}, greedy, prompts of "
-        f"{speed.PROMPT_TOKENS} tokens, {speed.NEW_TOKENS} new ones"
-    )
-    try:
-        with reporter.track("speed") as advance:
-            rates = speed.rates(engine, progress=advance)
-    except speed.TooShort as reason:
-        return Speed(reason=dict.fromkeys(Speed.figures, str(reason)), conditions=conditions)
-    return Speed.model_validate(
-        {str(rate.streams): round(rate.tokens_per_s, 2) for rate in rates} | {"conditions": conditions}
-    )
-
-
-def processor() -> str:
-    """The processor's name, or its kind where the system has no name for it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
-    return name or platform.machine()
+    with reporter.track("speed") as advance:
+        return serving.measure(folder, threads=recipe.threads, compressor=compressor, progress=advance)
 
 
 @dataclass(frozen=True)
@@ -80,26 +96,44 @@ class Record:
         manifest = Manifest.read(folder)
         return None if manifest is None else cls(folder, manifest, ModelReport.read(folder))
 
-    def add(self, recipe: EvaluateRecipe, measured: Perplexity | None, speed: Speed | None) -> str | None:
+    def add(
+        self,
+        recipe: EvaluateRecipe,
+        measured: Perplexity | None,
+        results: Mapping[str, Any],
+        served: Serving | None,
+    ) -> str | None:
         """Write what was measured, and say in a line what became of it; None if nothing was to be written."""
         path = self.folder / FILE
-        if measured is None and speed is None:
+        figures = list(task_figures(results, recipe.dtype)) if self.manifest.chain else []
+        if measured is None and served is None and not figures:
             return None
         if recipe.compressor is not None:
             return f"{path} stays as it is: the figures are of the model after compressor={_name(recipe)}"
-        perplexity = None
-        if measured is not None:
-            kind = "compressed" if self.manifest.chain else "dense"
-            perplexity = PerplexityFigures.of(measured, recipe.dtype, kind)  # type: ignore[arg-type]
+        kind: Kind = "compressed" if self.manifest.chain else "dense"
+        perplexity = None if measured is None else PerplexityFigures.of(measured, recipe.dtype, kind)
+        speed = None if served is None else Speed.of(served)
         report = self.report.updated(bytes=self._bytes(), perplexity=perplexity, tokens_per_s=speed)
         try:
             report.write(self.folder)
+            self._add_to_card(figures, served)
         except OSError as error:
             return f"{path} was not updated: {error.strerror}"
-        what = [name for name, one in (("perplexity", perplexity), ("tokens per second", speed)) if one]
+        pairs = (("perplexity", perplexity), ("tokens per second", speed), ("tasks", figures))
         dropped = perplexity is not None and self._drops(perplexity)
         instead = "; the figures measured otherwise were replaced" if dropped else ""
-        return f"{path} now holds {' and '.join(what)}{instead}"
+        return f"{path} now holds {' and '.join(name for name, one in pairs if one)}{instead}"
+
+    def _add_to_card(self, figures: Sequence[TaskFigure], served: Serving | None) -> None:
+        """The rest of it, beside what the report has now. Raises OSError."""
+        card = Card.of(self.folder)
+        if card is None:
+            return
+        for one in figures:
+            card.put(one.name, "compressed", one.value, one.basis, stderr=one.stderr, better=one.better)
+        if served is not None:
+            put_serving(card, "compressed", served)
+        card.write()
 
     def _bytes(self) -> Bytes:
         known, total = self.report.bytes, weight_bytes(self.folder)

@@ -9,8 +9,9 @@ from rich.table import Table
 
 from axicon.errors import AxiconError
 from axicon.model import checkpoint
-from axicon.model.artefact import MANIFEST, REPORT
+from axicon.model.artefact import MANIFEST, MEASURED
 from axicon.model.intact import Problem, problem_of, problems
+from jobs.card_file import read_rows
 from jobs.model_report import ModelReport
 from jobs.shown import size
 
@@ -33,10 +34,11 @@ def run(name: str) -> Verdict:
     if not any((folder / file).exists() for file in ("config.json", MANIFEST)):
         raise AxiconError(f"{folder}: neither config.json nor {MANIFEST} in it; give a model directory")
     found = problems(folder)
-    try:
-        ModelReport.read(folder)
-    except AxiconError as e:
-        found.append(problem_of(folder, e))
+    for read in (ModelReport.read, read_rows):
+        try:
+            read(folder)
+        except AxiconError as e:
+            found.append(problem_of(folder, e))
     return Verdict(folder, found, "" if found else _summary(folder))
 
 
@@ -59,6 +61,6 @@ def _summary(folder: Path) -> str:
             f"{folder}: {what}; its headers, names and shapes are in order. It has no {MANIFEST}, so nothing "
             "says what its bytes should be"
         )
-    files = [p for p in folder.iterdir() if p.is_file() and p.name not in (MANIFEST, REPORT)]
+    files = [p for p in folder.iterdir() if p.is_file() and p.name not in (MANIFEST, *MEASURED)]
     total = size(sum(p.stat().st_size for p in files))
     return f"{folder} is intact: {what}, {len(files)} files of {total}, every byte as its {MANIFEST} says"

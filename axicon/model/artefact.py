@@ -26,7 +26,9 @@ from axicon.model import safety
 FORMAT_VERSION = 1
 """Version of `manifest.json` and of the directory around it."""
 
-MANIFEST, REPORT = "manifest.json", "report.json"
+MANIFEST, REPORT, CARD, README = "manifest.json", "report.json", "card.json", "README.md"
+MEASURED = (REPORT, CARD, README)
+"""What a model is worth: written again when more is measured, so without digests in the manifest."""
 
 
 def reached(point: str) -> None:
@@ -210,11 +212,11 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
 def write_manifest(folder: Path, **content: Any) -> None:
     """Write `manifest.json` over the files already in `folder`, with size and sha256 of each.
 
-    `report.json` is not among them: it may be measured again.
+    The files of MEASURED are not among them: they may be written again.
     """
     files = {
         str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": sha256(path)}
         for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name not in (MANIFEST, REPORT)
+        if path.is_file() and path.name not in (MANIFEST, *MEASURED)
     }
     write_json(folder / MANIFEST, {"format_version": FORMAT_VERSION, **content, "files": files})

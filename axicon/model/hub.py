@@ -16,7 +16,7 @@ PATTERNS = [
     "model.safetensors", "model-*.safetensors", "model.safetensors.index.json",
     "packed.safetensors", "packed-*.safetensors", "packed.safetensors.index.json",
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
-    "merges.txt", "chat_template.jinja", "report.json", "LICENSE*", "NOTICE*",
+    "merges.txt", "chat_template.jinja", "report.json", "card.json", "LICENSE*", "NOTICE*",
 ]
 """All that is ever fetched: no pickles, no code."""
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from axicon.errors import AxiconError
 from axicon.model import checkpoint, safety
-from axicon.model.artefact import MANIFEST, REPORT, read_manifest, sha256
+from axicon.model.artefact import MANIFEST, MEASURED, read_manifest, sha256
 
 AGAIN = "copy it again from where the model came from, or make the model again"
 READ = (".safetensors", ".json", ".jinja", ".txt")
@@ -60,7 +60,7 @@ def _files(folder: Path, manifest: dict[str, Any]) -> list[Problem]:
         return [Problem(MANIFEST, "lists no files with their sizes and digests", AGAIN)]
     found = [problem for name, entry in listed.items() if (problem := _file(folder, name, entry)) is not None]
     for path in sorted(folder.iterdir()):
-        known = path.name in listed or path.name in (MANIFEST, REPORT) or path.name.startswith(".")
+        known = path.name in listed or path.name in (MANIFEST, *MEASURED) or path.name.startswith(".")
         if not known and path.suffix in READ:
             found.append(Problem(path.name, "is not in the manifest", "remove it, or make the model again"))
     return found

@@ -1,4 +1,4 @@
-"""`axicon evaluate` and `axicon compare`."""
+"""`axicon evaluate`, `axicon card` and `axicon compare`."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 import click
 
 from axicon.recipe import EvaluateRecipe
+from jobs.card_recipe import CardRecipe
 from jobs.command import Verb, axicon, read_recipe, show, words
 from jobs.compare import CompareRecipe
 
@@ -17,7 +18,8 @@ from jobs.compare import CompareRecipe
 def evaluate(words: tuple[str, ...], show: bool) -> None:
     """Measure MODEL: perplexity on a text, lm-eval tasks, tokens per second, or several of them.
 
-    A model directory that axicon made gets perplexity and speed into its report.json, too.
+    A model directory that axicon made gets perplexity and speed into its report.json, a compressed one all
+    of it into its card. Numbers are bfloat16, as a model is served; dtype=float32 for the highest precision.
 
     \b
     Examples:
@@ -36,6 +38,34 @@ def evaluate(words: tuple[str, ...], show: bool) -> None:
     report = job.run(recipe)
     Console().print(job.table(report))
     click.echo(f"results are in {report.files[0]}")
+
+
+@axicon.command(cls=Verb.of(CardRecipe))
+@click.argument("words", nargs=-1, metavar="DIR [KEY=VALUE]...")
+@show
+def card(words: tuple[str, ...], show: bool) -> None:
+    """Measure what the quality card of a compressed model in DIR lacks: card.json, README.md, report.json.
+
+    Everything is measured of the dense model it was made from, too, and remembered for the next model made
+    from that. A stopped run goes on where it was.
+
+    \b
+    Examples:
+      axicon card ./demo-int8
+      axicon card ./demo-int8 text=wiki.test.raw windows=20 data=../data
+    """
+    recipe = read_recipe(CardRecipe, words)
+    if show:
+        click.echo(recipe.as_yaml(), nl=False)
+        return
+    from jobs import card as job
+    from jobs.shown import console
+
+    report = job.run(recipe)
+    console().print(job.table(report))
+    for line in job.notes(report):
+        click.echo(line)
+    click.echo(f"all of it is in {report.files[0]}/README.md")
 
 
 @axicon.command(cls=Verb.of(CompareRecipe))

@@ -23,7 +23,8 @@ def compress(words: tuple[str, ...], show: bool) -> None:
 
     METHOD stands for the recipe of that name that comes with axicon; --show prints what it sets. One block
     of the model is in memory at a time. Whatever happens on the way, the directory is there whole or not at
-    all; one that the same recipe made before is left as it is.
+    all; one that the same recipe made before is left as it is. Its README.md is a card of what it is worth
+    beside the dense model; `axicon card DIR` adds what takes longer.
 
     \b
     Examples:
@@ -39,12 +40,14 @@ def compress(words: tuple[str, ...], show: bool) -> None:
         click.echo(recipe.as_yaml(), nl=False)
         return
 
+    from jobs import card
     from jobs import compress as job
     from jobs.shown import console
 
     report = job.run(recipe)
-    console().print(job.table(report))
-    click.echo(job.next_step(report))
+    console().print(card.table(report))
+    for line in (*card.notes(report), job.next_step(report)):
+        click.echo(line)
 
 
 def _method(word: str) -> dict[str, Any]:

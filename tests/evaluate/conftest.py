@@ -25,6 +25,13 @@ def model_dir(tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempP
     return save_model(tmp_path_factory.mktemp("models") / "tiny", tokenizer)
 
 
+@pytest.fixture(scope="session")
+def long_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model with room for everything that a card measures."""
+    folder = tmp_path_factory.mktemp("models") / "long"
+    return save_model(folder, make_tokenizer(add_bos=False), positions=320)
+
+
 @pytest.fixture
 def few_lm_eval_tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """lm-eval knows one task of its own only: reading all of them takes seconds."""

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from axicon.errors import AxiconError
+from axicon.evaluate import serving
 from axicon.model.artefact import write_manifest
 from axicon.recipe import EvaluateRecipe
 from jobs import evaluate, report
@@ -136,7 +137,7 @@ def test_perplexity_alone_needs_no_tasks(
     done = run(model_dir, said, text=str(text), window=16, windows=2, out=tmp_path)
     content = json.loads(done.files[0].read_text())
     assert content["results"] == {}
-    assert content["config"]["model_args"] == f"pretrained={model_dir},dtype=float32"
+    assert content["config"]["model_args"] == f"pretrained={model_dir},dtype=bfloat16"
     assert list(done.metrics) == ["perplexity"]
     assert said.getvalue().startswith("perplexity 2/2, ")
 
@@ -234,7 +235,7 @@ def own_dir(tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     """A model directory with a manifest, long enough for the measurement of speed in these tests."""
     from axicon.evaluate import speed
 
-    monkeypatch.setattr(speed, "NEW_TOKENS", 4)
+    monkeypatch.setattr(serving, "measure", serving.measure_here)
     monkeypatch.setattr(speed.rates, "__kwdefaults__", speed.rates.__kwdefaults__ | {"new_tokens": 4})
     folder = save_model(tmp_path / "own", tokenizer, positions=128)
     write_manifest(folder, kind="model", name="own", chain=[], parents=[])
@@ -249,7 +250,7 @@ def test_a_model_of_ours_gets_its_figures_into_its_report(
     assert f"{own_dir / 'report.json'} now holds perplexity and tokens per second\n" in said.getvalue()
     assert written.perplexity.dense == done.metrics["perplexity"]
     assert written.perplexity.compressed is None
-    assert written.perplexity.protocol == "gptq, window 16, float32"
+    assert written.perplexity.protocol == "gptq, window 16, bfloat16"
     assert written.perplexity.windows == 2
     assert written.perplexity.text_sha256 == done.details["axicon"]["perplexity"]["text_sha256"]
     assert written.tokens_per_s.get("1") == done.metrics["tokens_per_s/1"]
@@ -310,7 +311,10 @@ def test_a_model_of_others_is_left_alone(
     assert "report.json" not in said.getvalue()
 
 
-def test_a_model_too_short_for_speed_says_so(model_dir: Path, tmp_path: Path, said: io.StringIO) -> None:
+def test_a_model_too_short_for_speed_says_so(
+    model_dir: Path, tmp_path: Path, said: io.StringIO, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("axicon.evaluate.serving.measure", serving.measure_here)
     done = run(model_dir, said, speed=True, out=tmp_path)
     speed = done.details["axicon"]["tokens_per_s"]
     assert (speed["1"], speed["8"]) == (None, None)

@@ -219,3 +219,8 @@ def test_an_empty_cache_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setenv("AXICON_CACHE", str(tmp_path / "none"))
     assert run().output == f"{tmp_path / 'none'} is empty\n"
     assert not (tmp_path / "none").exists()
+
+
+def test_answers_of_a_model_are_listed_one_by_one(root: Path) -> None:
+    write(root / "answers" / "0123456789abcdef-01234567.json", 10)
+    assert states()["answers/0123456789abcdef-01234567.json"] == "current"

@@ -24,11 +24,12 @@ from axicon.compress import COMPRESSORS, directory
 from axicon.compress.llm_int8 import LLMInt8
 from axicon.compress.walk import Compress
 from axicon.errors import AxiconError, RunFailed
+from axicon.evaluate import serving, speed
 from axicon.generate.build import build_engine
 from axicon.generate.local import LocalModel
 from axicon.kernels import native
 from axicon.model import checkpoint, machine
-from axicon.model.artefact import claim
+from axicon.model.artefact import MEASURED, claim
 from axicon.model.decoder import Decoder
 from axicon.recipe import SERVED_BY_DEFAULT, CompressRecipe, EvaluateRecipe, LocalServeRecipe, ServeRecipe
 from jobs import __main__ as command
@@ -44,6 +45,8 @@ INT8 = {"method": "llm_int8", "relative": 5.0}
 @pytest.fixture(autouse=True)
 def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AXICON_CACHE", str(tmp_path / "cache"))
+    # Another process takes seconds to start; tests/evaluate has one.
+    monkeypatch.setattr(serving, "measure", serving.measure_here)
 
 
 @pytest.fixture(scope="module")
@@ -108,8 +111,10 @@ class TestWhatIsMade:
         assert manifest["machine"]["threads"] == manifest["recipe"]["threads"] == 1
         assert manifest["versions"].keys() == {"axicon", "torch", "transformers", "python"}
         assert "out" not in manifest["recipe"]
-        assert manifest["files"].keys() == {
-            p.name for p in (tmp_path / "small").iterdir()} - {"manifest.json", "report.json"}
+        assert manifest["files"].keys() == {p.name for p in (tmp_path / "small").iterdir()} - {
+            "manifest.json",
+            *MEASURED,
+        }
 
     def test_the_report_has_a_reason_for_what_is_not_there(self, dense: Path, tmp_path: Path) -> None:
         run(dense, tmp_path / "small")
@@ -122,26 +127,33 @@ class TestWhatIsMade:
         assert parts["embedding"] == 272 * 96 * 2
         assert report["perplexity"]["compressed"] is report["perplexity"]["dense"] is None
         assert "no text was given" in report["perplexity"]["reason"]["compressed"]
-        assert report["tokens_per_s"] | {"reason": {"1": "measure=false", "8": "measure=false"}} == (
-            report["tokens_per_s"])
+        assert (
+            report["tokens_per_s"] | {"reason": {"1": "measure=false", "8": "measure=false"}}
+            == (report["tokens_per_s"])
+        )
 
     def test_figures_when_they_are_asked_for(
         self, dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("axicon.evaluate.speed.NEW_TOKENS", 8)
+        monkeypatch.setattr(speed.rates, "__kwdefaults__", speed.rates.__kwdefaults__ | {"new_tokens": 8})
         asked = {"text": str(prose(tmp_path)), "window": 64, "windows": 2}
         report = run(dense, tmp_path / "small", measure=True, **asked)
         found = json.loads((tmp_path / "small" / "report.json").read_text())
         for kind, path in (("dense", dense), ("compressed", tmp_path / "small")):
             again = evaluate.run(
                 EvaluateRecipe(model=str(path), dtype="bfloat16", out=tmp_path / kind, threads=1, **asked),
-                Reporter(io.StringIO()))
+                Reporter(io.StringIO()),
+            )
             assert found["perplexity"][kind] == again.metrics["perplexity"]
         assert found["perplexity"]["windows"] == 2
         assert found["tokens_per_s"]["1"] > 0
-        assert report.metrics["tokens_per_s_8"] > 0
-        rows = compress.table(report)
-        assert rows.row_count == 7
+        assert report.metrics["tokens_per_s/8"] == found["tokens_per_s"]["8"]
+        assert report.metrics["dense/tokens_per_s/8"] > 0
+        assert 0 < report.metrics["agreement/prefix"] <= 1
+        assert 0 <= report.metrics["agreement/equal"] <= report.metrics["agreement/prefix"]
+        for kind in ("", "dense/"):
+            assert report.metrics[f"{kind}outliers/max_inf_norm"] > 0
+            assert report.metrics[f"{kind}outliers/kurtosis"] > 1
 
     def test_a_figure_that_cannot_be_measured_leaves_the_model(self, dense: Path, tmp_path: Path) -> None:
         short = tmp_path / "short"
@@ -149,7 +161,9 @@ class TestWhatIsMade:
         config = json.loads((short / "config.json").read_text())
         (short / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 100}))
         report = run(short, tmp_path / "small", measure=True)
-        assert "100" in report.details["tokens_per_s"]["reason"]["1"]
+        row = report.details["figures"]["tokens_per_s/1"]
+        assert row["compressed"] is None
+        assert "100" in row["reason"]["compressed"]
         checkpoint.check(tmp_path / "small")
 
     def test_equal_recipes_make_equal_bytes(self, dense: Path, tmp_path: Path) -> None:
@@ -435,7 +449,7 @@ class TestCommand:
         [
             ((), "name a method first: axicon compress "),
             (("llm_int",), "'llm_int' is no compression method: did you mean 'llm_int8'; a model is named"),
-            (("demo",), "llm_int8; a model is named with model=demo"),
+            (("demo",), "; a model is named with model=demo"),
             (("other/llm_int8.yaml",), "cannot be read"),
             (("llm_int8", "compressor=none"), "compressor"),
             (("llm_int8", "outt=x"), "did you mean 'out'"),
