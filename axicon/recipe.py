@@ -166,11 +166,25 @@ class ModelRecipe(Recipe):
         return compressor
 
 
+class KVRecipe(Recipe):
+    """What a request's cache keeps that does not say otherwise."""
+
+    policy: Literal["full", "h2o", "key_norm", "snapkv", "tova", "window"] = Field(
+        "full", description="of requests that name none; full keeps everything"
+    )
+    budget: float = Field(0.2, gt=0, description="slots kept per head: up to 1 a share of the prompt")
+    recent: float | None = Field(None, ge=0, description="newest among them; none: as the policy does")
+    sinks: int = Field(4, ge=0, le=64, description="first ones among them")
+    evict_every: int = Field(16, ge=1, le=256, description="tokens from one eviction to the next")
+
+
 class ServeRecipe(ModelRecipe):
     """What one endpoint serves; the argument of `services.app:build`."""
 
     served_name: str | None = Field(None, min_length=1, description="name clients use; none: the model's own")
     kv_gib: float | None = Field(None, gt=0, description="memory for keys and values; none: by what is free")
+    kv: KVRecipe = Field(KVRecipe(), description="cache policy of requests that name none")
+    kv_floor: int = Field(32, ge=1, description="smallest cache budget of a request, in slots")
     max_rows: int = Field(64, ge=1, le=1024, description="choices generated at the same time")
     prefill_chunk: int = Field(256, ge=16, le=8192, description="prompt tokens computed per step")
     max_queue: int = Field(256, ge=0, description="choices that may wait; more is a 429")

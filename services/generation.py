@@ -15,7 +15,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, cast
 
-from axicon.generate.request import Delta, Limits, Overloaded, Request
+from axicon.errors import AxiconError
+from axicon.generate.request import Delta, KVSettings, Limits, Overloaded, Request, RequestError
 from axicon.model.presence import living, present
 from axicon.recipe import ServeRecipe
 from services.auth import Access
@@ -46,17 +47,24 @@ def engine_thread(recipe: ServeRecipe) -> EngineThread:
     # Here, so that whoever only deploys this class does not load torch.
     from axicon.compress.walk import Compress
     from axicon.generate.build import build_engine
+    from axicon.generate.retention import check_kv
     from axicon.generate.thread import EngineThread
     from axicon.model import checkpoint
 
-    recipe.build_compressor()  # a wrong name or setting shows before the thread is started
+    # What is wrong shows before the thread is started.
+    recipe.build_compressor()
     limits = Limits(
         max_queue=recipe.max_queue,
         max_model_len=recipe.max_model_len,
         max_logprobs=recipe.limits.logprobs,
         max_stops=recipe.limits.stops,
         max_logit_bias=recipe.limits.logit_bias,
+        kv_floor=recipe.kv_floor,
     )
+    try:
+        check_kv(KVSettings(**recipe.kv.model_dump()), limits, blocks=1)
+    except RequestError as error:
+        raise AxiconError(f"kv: {error}") from None
 
     def build() -> Engine:
         folder = checkpoint.resolve(recipe.model, offline=recipe.offline, revision=recipe.revision)

@@ -55,6 +55,7 @@ class EngineCollector(Collector):
             yield counter
         yield _step_histogram(self.model, stats.decode_steps)
         yield from _drafts(self.model, stats.drafts)
+        yield from _caches(self.model, stats)
         ended = CounterMetricFamily(
             "vllm:request_success", "Choices that ended, by reason.", labels=["model_name", "finished_reason"]
         )
@@ -85,6 +86,22 @@ def _drafts(model: str, drafts: Mapping[str, DraftStats]) -> Iterator[Metric]:
         failed.add_metric([model, method], stats.failed)
         gain.add_metric([model, method], stats.gain)
     yield from (checked, right, left_out, failed, gain)
+
+
+def _caches(model: str, stats: EngineStats) -> Iterator[Metric]:
+    """What the caches hold and gave up, by policy."""
+    size = GaugeMetricFamily("axicon:kv_bytes", "Keys and values held now.", labels=["model_name"])
+    size.add_metric([model], stats.kv_bytes)
+    labels = ["model_name", "policy"]
+    slots = GaugeMetricFamily("axicon:kv_slots", "Cache slots per head set aside.", labels=labels)
+    for policy, count in stats.kv_slots.items():
+        slots.add_metric([model, policy], count)
+    evicted = CounterMetricFamily(
+        "axicon:kv_evicted", "Cache slots given up, in the mean over layers and heads.", labels=labels
+    )
+    for policy, count in stats.kv_evicted_total.items():
+        evicted.add_metric([model, policy], count)
+    yield from (size, slots, evicted)
 
 
 def _step_histogram(model: str, times: StepTimes) -> Metric:

@@ -206,6 +206,12 @@ def _limit(schemas: Schema, recipe: ServeRecipe, served: Served) -> None:
         fields["stop"]["anyOf"][0]["maxLength"] = limits.stop_chars
         fields["stop"]["anyOf"][1]["items"]["maxLength"] = limits.stop_chars
         fields["stop"]["anyOf"][1]["maxItems"] = limits.stops
+    kept = schemas["KVBody"]["properties"]
+    share = {"type": "number", "exclusiveMinimum": 0, "maximum": 1}
+    slots = {"type": "integer", "minimum": max(2, recipe.kv_floor)}
+    kept["budget"] = {"anyOf": [share, slots, {"type": "null"}]}
+    kept["recent"] = {"anyOf": [share, {"type": "integer", "minimum": 0}, {"type": "null"}]}
+    _first(kept["sinks"])["maximum"], _first(kept["evict_every"])["maximum"] = 64, 256
     guess = schemas["SpeculationBody"]["properties"]
     if recipe.draft is None:
         guess["method"] = {"const": "lookup"}

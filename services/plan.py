@@ -11,7 +11,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from axicon.generate.request import Request, SamplingParams, Speculation
+from axicon.generate.request import KVSettings, Request, SamplingParams, Speculation
 from axicon.recipe import RequestLimits, ServeRecipe
 from services.errors import ApiError, bad_request
 from services.render import ChatForm, CompletionForm, Form
@@ -88,7 +88,7 @@ async def plan_completion(body: CompletionBody, model: Served, recipe: ServeReci
         echoes=[_echo(prompt, model) for prompt in body.prompt for _ in range(n)] if body.echo else (),
     )
     params = [_params(body, most, body.logprobs, prompt_logprobs) for most in sampling]
-    return Plan(_requests(form, prompts, params, n, recipe), form, len(prompts))
+    return Plan(_requests(form, prompts, params, n, recipe, _kv(body, recipe)), form, len(prompts))
 
 
 async def plan_chat(body: ChatBody, model: Served, recipe: ServeRecipe) -> Plan:
@@ -113,7 +113,8 @@ async def plan_chat(body: ChatBody, model: Served, recipe: ServeRecipe) -> Plan:
         logprobs=logprobs,
         include_usage=body.include_usage,
     )
-    return Plan(_requests(form, [ids], [_params(body, most, logprobs)], n, recipe), form, 1)
+    params = [_params(body, most, logprobs)]
+    return Plan(_requests(form, [ids], params, n, recipe, _kv(body, recipe)), form, 1)
 
 
 async def tokenize(
@@ -250,12 +251,23 @@ def _speculation(body: Sampling) -> Speculation | None:
     return Speculation(method=asked.method, width=asked.width, depth=asked.depth, verify=verify)
 
 
+def _kv(body: Sampling, recipe: ServeRecipe) -> KVSettings | None:
+    """What the request says about its cache, or what the deployment says. A prompt whose log-probabilities
+    are wanted keeps everything unless the request says otherwise.
+    """
+    if body.kv is not None:
+        return KVSettings(**body.kv.model_dump(exclude_none=True))
+    scored = isinstance(body, CompletionBody) and body.echo and body.logprobs is not None
+    return None if scored else KVSettings(**recipe.kv.model_dump())
+
+
 def _requests(
     form: Form,
     prompts: Sequence[Sequence[int]],
     params: Sequence[SamplingParams],
     n: int,
     recipe: ServeRecipe,
+    kv: KVSettings | None,
 ) -> tuple[Request, ...]:
     """One per choice. The choices of a prompt share one seed, drawn here when the client gave none."""
     deadline = time.monotonic() + recipe.request_timeout_s
@@ -264,5 +276,7 @@ def _requests(
         seeded = own if own.seed is not None else replace(own, seed=secrets.randbits(63))
         for choice in range(n):
             name = f"{form.id}-{len(requests)}"
-            requests.append(Request(id=name, prompt=prompt, params=seeded, choice=choice, deadline=deadline))
+            requests.append(
+                Request(id=name, prompt=prompt, params=seeded, choice=choice, deadline=deadline, kv=kv)
+            )
     return tuple(requests)

@@ -19,9 +19,6 @@ MOST_ERRORS = 50
 """With more problems than this in one body, their number is reported instead of the first one: listing them
 all costs more than the request is worth."""
 
-LATER = {"kv": "a cache policy per request"}
-"""Fields of axicon that a deployment may lack, and what they would ask for."""
-
 
 def refuse(value: object) -> None:
     """Accept only null, which clients send for what they do not use."""
@@ -166,6 +163,16 @@ class SpeculationBody(Body):
     verify: Literal["rrs", "coupled"] | None = None
 
 
+class KVBody(Body):
+    """How much of its cache a request keeps; what it may say is `axicon.generate.request.KVSettings`."""
+
+    policy: Literal["full", "h2o", "key_norm", "snapkv", "tova", "window"]
+    budget: float | None = Field(None, gt=0)
+    recent: float | None = Field(None, ge=0)
+    sinks: int | None = Field(None, ge=0)
+    evict_every: int | None = Field(None, ge=1)
+
+
 class Sampling(Body):
     """The fields both generation routes share. Null always means the default."""
 
@@ -174,6 +181,7 @@ class Sampling(Body):
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     repetition_penalty: float | None = Field(None, gt=0, le=10)
     ignore_eos: bool | None = None
+    kv: KVBody | None = None
     logit_bias: dict[TokenKey, Bias] | None = None
     min_p: float | None = Field(None, ge=0, le=1)
     min_tokens: int | None = Field(None, ge=0)
@@ -294,10 +302,6 @@ def _refusal(error: ValidationError) -> ApiError:
         return bad_request(f"The body is not valid JSON in UTF-8: {text}.", code="invalid_json")
     if not first["loc"]:
         return bad_request("The body must be a JSON object.", code="invalid_body")
-    if kind == "extra_forbidden" and param in LATER:
-        return bad_request(
-            f"'{param}' ({LATER[param]}): not supported by this deployment.", param, "unsupported"
-        )
     if kind == "extra_forbidden":
         return bad_request(f"'{param}': unknown field.", param, "unknown_field")
     if kind == "missing":

@@ -79,7 +79,7 @@ def test_a_chat_streams_through_haproxy(url: str) -> None:
 def test_refusals_pass_haproxy_as_they_are(url: str) -> None:
     assert httpx.get(f"{url}/nothing").json()["error"]["type"] == "not_found_error"
     wrong = httpx.post(f"{url}/v1/completions", json={"prompt": "a", "kv": {}})
-    assert (wrong.status_code, wrong.json()["error"]["param"]) == (400, "kv")
+    assert (wrong.status_code, wrong.json()["error"]["param"]) == (400, "kv.policy")
     large = httpx.post(f"{url}/v1/completions", json={"prompt": "a" * LIMITS.body_bytes})
     assert (large.status_code, large.json()["error"]["code"]) == (413, "body_too_large")
     foreign = httpx.post(f"{url}/v1/completions", json={"prompt": "a"}, headers={"Host": "evil.example"})
