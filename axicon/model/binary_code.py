@@ -12,20 +12,22 @@ number, plane i as bit i, are its code, so a uniform code is its own.
 A word of a plane holds the signs of 32 neighbouring inputs of one output, the first as the lowest bit, 1 for
 +1. Outputs are the fastest index, so that neighbouring threads of a GPU read neighbouring words.
 
-How it multiplies on a CPU: uniform codes as `GroupIntLinear`, others from a dense copy in the dtype of the
-activations, made at the first product. That copy takes the memory of dense weights, so there such a model is
-small on disk only.
+How it multiplies: on a GPU from the planes (`axicon/kernels/binary_code_triton.py`); on a CPU uniform codes
+as `GroupIntLinear`, others from a dense copy, which takes the memory of dense weights: there such a model is
+small on disk only. `runs_as`, and so `/health`, says which.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Literal, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from axicon.errors import AxiconError
+from axicon.kernels import native
 from axicon.model.group_int import DTYPE_NAMES, SCALE_DTYPES, GroupIntLinear, group_count
 from axicon.model.packed import PackedLinear, Setting, slice_of
 
@@ -65,7 +67,9 @@ class BinaryCodeLinear(PackedLinear):
         self.register_buffer("alpha", alpha)
         self.register_buffer("offset", offset)
         self.register_buffer("bias", bias)
-        self._prepared: GroupIntLinear | Tensor | None = None
+        self._dense: Tensor | None = None
+        self._uniform: tuple[GroupIntLinear | None] | None = None
+        """What a CPU multiplies by, once that is known. In a tuple, or it would count as a part of this."""
 
     @classmethod
     def from_codes(
@@ -158,13 +162,48 @@ class BinaryCodeLinear(PackedLinear):
         return weight.view(self.outputs, self.inputs)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self._prepared is None:
-            self._prepared = self.as_uniform()
-        if isinstance(self._prepared, GroupIntLinear):
-            return self._prepared(x)
-        if self._prepared is None or self._prepared.dtype != x.dtype:
-            self._prepared = self.unpack().to(x.dtype)
-        return F.linear(x, self._prepared, None if self.bias is None else self.bias.to(x.dtype))
+        if x.is_cuda:
+            return _product_on_gpu()(x, self.planes, self.alpha, self.offset, self.bias, self.group)
+        uniform = self._on_cpu()
+        if uniform is not None:
+            return uniform(x)
+        if self._dense is None or self._dense.dtype != x.dtype:
+            self._dense = self.unpack().to(x.dtype)
+        return F.linear(x, self._dense, None if self.bias is None else self.bias.to(x.dtype))
+
+    def _on_cpu(self) -> GroupIntLinear | None:
+        if self._uniform is None:
+            self._uniform = (self.as_uniform(),)
+        return self._uniform[0]
+
+    @property
+    def runs_as(self) -> str:
+        if self.planes.is_cuda:
+            return self.format
+        return f"{self.format} as {'dense' if self._on_cpu() is None else GroupIntLinear.format}"
+
+    def why_not_native(self) -> str | None:
+        uniform = self._on_cpu()
+        return None if uniform is None else uniform.why_not_native()
+
+    def native(self, library: native.Library) -> tuple[native.Linear, list[Tensor]]:
+        """As the uniform codes they are, or as a dense bfloat16 weight."""
+        uniform = self._on_cpu()
+        if uniform is not None:
+            return uniform.native(library)
+        weight = self.unpack().bfloat16()
+        packed = torch.empty_like(weight)
+        library.axicon_pack_bf16(weight.data_ptr(), self.outputs, self.inputs, packed.data_ptr())
+        bias = None if self.bias is None else self.bias.float().contiguous()
+        descriptor = native.Linear(
+            native.BF16, self.outputs, self.inputs, 0.0, 0.0, None, None,
+            None if bias is None else bias.data_ptr(),
+        )  # fmt: skip
+        return descriptor, [packed] if bias is None else [packed, bias]
+
+    def native_bytes(self) -> int:
+        uniform = self._on_cpu()
+        return 2 * self.outputs * self.inputs if uniform is None else uniform.native_bytes()
 
     def shard(self, rank: int, world: int, dim: Literal["out", "in"]) -> Self:
         """Along `in`, the bias stays with rank 0, since the ranks' results are summed.
@@ -189,6 +228,17 @@ class BinaryCodeLinear(PackedLinear):
             self.planes[words], self.alpha[groups], None if self.offset is None else self.offset[groups],
             self.bias if rank == 0 else None, inputs=share, group=self.group,
         )  # fmt: skip
+
+
+def _product_on_gpu() -> Callable[..., Tensor]:
+    """The kernels of `binary_code_triton`, imported late: Triton is not on every system."""
+    try:
+        from axicon.kernels.binary_code_triton import binary_code_linear
+    except ModuleNotFoundError as missing:
+        raise AxiconError(
+            f"binary codes on a GPU need Triton ({missing}): pip install triton, or run the model on the CPU"
+        ) from missing
+    return binary_code_linear
 
 
 def word_count(inputs: int) -> int:

@@ -45,6 +45,11 @@ class PackedLinear(nn.Module, ABC):
     def check(self) -> None:
         """Called once the buffers hold what a file says. Raises ValueError for values that mean nothing."""
 
+    @property
+    def runs_as(self) -> str:
+        """The format, and what it is turned into to be multiplied where that takes other memory."""
+        return self.format
+
     @abstractmethod
     def unpack(self) -> Tensor:
         """(O, I) float32: what `forward` really multiplies by, up to the rounding of activations."""
@@ -81,8 +86,8 @@ def slice_of(size: int, rank: int, world: int) -> slice:
 
 
 def formats(model: nn.Module) -> set[str]:
-    """How the products of a model are stored: names of dtypes and of packed formats."""
-    found = {m.format for m in model.modules() if isinstance(m, PackedLinear)}
+    """How the products of a model are stored and run: names of dtypes and of packed formats."""
+    found = {m.runs_as for m in model.modules() if isinstance(m, PackedLinear)}
     return found | {
         str(m.weight.dtype).removeprefix("torch.") for m in model.modules() if isinstance(m, nn.Linear)
     }

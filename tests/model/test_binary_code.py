@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import ctypes
+
 import pytest
 import torch
 from torch import Tensor
 
+from axicon.kernels import native
 from axicon.kernels.binary_code import lookup_product, tables
 from axicon.model.binary_code import BinaryCodeLinear, pack, unpack, word_count
 from axicon.model.group_int import SCALE_DTYPES, GroupIntLinear
+from axicon.model.packed import formats
 
 
 def codes(outputs: int, inputs: int, bits: int) -> Tensor:
@@ -208,3 +212,37 @@ def test_buffers_that_do_not_fit_are_refused() -> None:
         BinaryCodeLinear(layer.planes, layer.alpha[:2], None, None, inputs=96, group=32)
     with pytest.raises(ValueError, match="9 planes"):
         BinaryCodeLinear(pack(codes(2, 32, 8), 9), torch.ones(1, 9, 2), None, None, inputs=32, group=0)
+
+
+def test_what_it_runs_as_is_said_and_is_no_part_of_it() -> None:
+    uniform_codes = BinaryCodeLinear.from_uniform(uniform(3))
+    for layer, words in ((uniform_codes, "binary_code as group_int"), (linear(), "binary_code as dense")):
+        before = set(layer.state_dict())
+        layer(torch.zeros(1, layer.inputs))
+        assert layer.runs_as == words
+        assert formats(torch.nn.Sequential(layer)) == {words}
+        assert set(layer.state_dict()) == before
+        assert not list(layer.children())
+
+
+@pytest.mark.parametrize("kind", ["uniform", "other"])
+def test_the_compiled_product(kind: str) -> None:
+    """Uniform codes as `GroupIntLinear` multiplies them, others as a dense bfloat16 weight."""
+    try:
+        library = native.library()
+    except native.Unavailable as reason:
+        pytest.skip(str(reason))
+    layer = BinaryCodeLinear.from_codes(
+        codes(32, 64, 3), torch.rand(32, 2, 3, generator=torch.Generator().manual_seed(0)).half(),
+        bias=torch.randn(32, generator=torch.Generator().manual_seed(1)), group=32)
+    if kind == "uniform":
+        scale = torch.full((32, 2), 0.25).half()
+        packed = GroupIntLinear.from_codes(codes(32, 64, 3), scale, bits=3, group=32)
+        layer = BinaryCodeLinear.from_uniform(packed)
+    assert layer.why_not_native() is None
+    descriptor, (weight, *_kept) = layer.native(library)
+    assert weight.nbytes == layer.native_bytes() == (32 * 32 + 2 * 64 if kind == "uniform" else 2 * 32 * 64)
+    descriptor.weight = weight.data_ptr()
+    x, y = torch.randn(3, 64, generator=torch.Generator().manual_seed(2)), torch.empty(3, 32)
+    library.axicon_linear(ctypes.addressof(descriptor), x.data_ptr(), 3, y.data_ptr(), 1)
+    assert (y - layer(x)).norm() / layer(x).norm() < 0.02
