@@ -18,8 +18,8 @@ from jobs.evaluate import Subject
 
 @pytest.fixture
 def ours(model_dir: Path) -> AxiconLM:
-    subject = Subject(EvaluateRecipe(model=str(model_dir), threads=1))
-    subject.load()
+    subject = Subject(EvaluateRecipe(model=str(model_dir), threads=1, dtype="float32"))
+    subject.prepare()
     shape = subject.decoder.shape
     return AxiconLM(
         subject.decoder, subject.tokenizer, max_length=shape.max_positions, make_engine=subject.make_engine
