@@ -11,6 +11,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from axicon.generate.request import Delta, EngineStats, FinishReason, Request, TokenLogprob
+from axicon.generate.speculate import read
 from axicon.recipe import ServeRecipe
 from services.text import byte_alphabet
 
@@ -98,6 +99,9 @@ class FakeThread:
         self._thread.join(5)
 
     def submit_all(self, requests: Sequence[Request], on_delta: Callable[[Delta], None]) -> None:
+        for request in requests:
+            if request.params.speculation is not None:
+                read(request.params.speculation, self.recipe.draft_nodes, models=False)
         with self._lock:
             for request in requests:
                 self.last.append(request)
