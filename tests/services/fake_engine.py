@@ -10,7 +10,8 @@ from types import SimpleNamespace
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from axicon.generate.request import Delta, EngineStats, FinishReason, Request, TokenLogprob
+from axicon.generate.request import Delta, EngineStats, FinishReason, Limits, Request, TokenLogprob
+from axicon.generate.retention import check_kv
 from axicon.generate.speculate import read
 from axicon.recipe import ServeRecipe
 from services.text import byte_alphabet
@@ -102,6 +103,8 @@ class FakeThread:
         for request in requests:
             if request.params.speculation is not None:
                 read(request.params.speculation, self.recipe.draft_nodes, models=False)
+            if request.kv is not None:
+                check_kv(request.kv, Limits(kv_floor=self.recipe.kv_floor), blocks=1)
         with self._lock:
             for request in requests:
                 self.last.append(request)
