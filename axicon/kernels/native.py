@@ -4,8 +4,9 @@ They use no header of torch and touch nothing but the pointers they are given, s
 directly: two to four seconds, no build system, and nothing to go stale when torch changes. The library links
 the OpenMP runtime by the name under which torch has already loaded it, so both share one pool of threads.
 
-The kernels need AVX-512 with VNNI. Elsewhere `library()` raises `Unavailable` with the reason, and the caller
-says which torch path it takes instead.
+The kernels need AVX-512 with VNNI, or AVX2, which serves them with half the width. Elsewhere `library()`
+raises `Unavailable` with the reason, and the caller says which torch path it takes instead. The environment
+variable AXICON_INSTRUCTIONS=avx2 asks for the narrow ones where there are wide ones too.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ import torch
 
 log = logging.getLogger("axicon")
 
-NEEDED_FLAGS = frozenset({"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni"})
+WIDE_FLAGS = frozenset({"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni"})
+NARROW_FLAGS = frozenset({"avx2", "fma", "f16c"})
 COMPILER_FLAGS = ("-O3", "-march=native", "-std=c++20", "-fopenmp", "-fno-math-errno", "-shared", "-fPIC")
 SOURCES = Path(__file__).with_name("cpu")
 
@@ -48,23 +50,23 @@ class Linear(c.Structure):
 
 
 class Norm(c.Structure):
-    _fields_ = (("weight", P), ("bias", P))
+    _fields_ = (("weight", P), ("bias", P), ("epsilon", F32), ("width", I32))
 
 
 class Block(c.Structure):
     _fields_ = (
         ("before_attention", Norm), ("before_mlp", Norm), ("query", Norm), ("key", Norm),
         ("qkv", Linear), ("out", Linear), ("up", Linear), ("down", Linear),
-        ("window", I32), ("scale", F32),
+        ("attention_shortcut", Linear), ("mlp_shortcut", Linear), ("window", I32), ("scale", F32),
     )  # fmt: skip
 
 
 class Model(c.Structure):
     _fields_ = (
         ("blocks", I32), ("width", I32), ("heads", I32), ("kv_heads", I32), ("head_width", I32),
-        ("hidden", I32), ("norm", I32), ("activation", I32), ("position_offset", I32), ("reserved", I32),
-        ("epsilon", F32), ("embedding", P), ("positions", P), ("frequencies", P), ("block", P),
-        ("final_norm", Norm), ("head", Linear),
+        ("hidden", I32), ("norm", I32), ("activation", I32), ("position_offset", I32),
+        ("embedding_width", I32), ("position_width", I32), ("embedding", P), ("positions", P),
+        ("frequencies", P), ("block", P), ("final_norm", Norm), ("project_in", Linear), ("head", Linear),
     )  # fmt: skip
 
 
@@ -91,7 +93,22 @@ class Step(c.Structure):
         ("positions", P),
         ("request", P), ("offset", P), ("committed", P), ("requests", I32), ("reserved", I32), ("extents", P),
         ("hidden", P), ("wanted_rows", P), ("logits", P), ("first", I32), ("last", I32), ("stream", P),
+        ("adapters", P), ("most_low", I32), ("reserved2", I32),
     )  # fmt: skip
+
+
+class Pair(c.Structure):
+    """`axicon::Pair` of lowrank.h."""
+
+    _fields_ = (
+        ("a", P), ("b", P), ("rank", I32), ("first", I32), ("outputs", I32), ("inputs", I32),
+    )  # fmt: skip
+
+
+class Adapter(c.Structure):
+    """`axicon::Adapter` of lowrank.h: low-rank additions to the products of one block."""
+
+    _fields_ = tuple((name, Pair * 3) for name in ("qkv", "out", "up", "down"))
 
 
 BF16, INT8, GROUP4, GROUP8 = range(4)
@@ -120,6 +137,10 @@ def library() -> Library:
         "axicon_softmax": (P, P, I32, I32, P, P, I32),
         "axicon_truncate": (P, I32, I32, P, I32),
         "axicon_draw": (P, P, I32, I32, c.c_int64, P, P, I32),
+        "axicon_philox": (c.c_uint64, c.c_uint32, c.c_int64, c.c_int64, P),
+        "axicon_add_signs": (
+            P, P, c.c_int64, c.c_int64, P, F32, F32, c.c_uint64, c.c_uint32, I32, I32,
+        ),
     }.items():
         getattr(lib, name).argtypes = arguments
         getattr(lib, name).restype = None
@@ -132,14 +153,20 @@ def library_file() -> tuple[str, Path]:
 
     Raises `Unavailable`.
     """
-    missing = NEEDED_FLAGS - cpu_flags()
-    if missing:
+    missing = NARROW_FLAGS - cpu_flags()
+    if missing and instructions() != "AVX-512":
         raise Unavailable(f"the processor lacks {', '.join(sorted(missing))}")
     names = (os.environ.get("CXX"), "c++", "g++", "clang++")
     compiler = next((found for name in names if name and (found := shutil.which(name))), None)
     if compiler is None:
         raise Unavailable("no C++ compiler: install g++ or set CXX")
     return compiler, _cache() / f"kernels-{_key(compiler)}.so"
+
+
+def instructions() -> str:
+    """What the kernels are compiled for here, in words."""
+    wide = cpu_flags() >= WIDE_FLAGS and os.environ.get("AXICON_INSTRUCTIONS", "").lower() != "avx2"
+    return "AVX-512" if wide else "AVX2"
 
 
 def version() -> str | None:
@@ -192,12 +219,16 @@ def _cache() -> Path:
     return folder
 
 
+def _flags() -> tuple[str, ...]:
+    return COMPILER_FLAGS if instructions() == "AVX-512" else (*COMPILER_FLAGS, "-mno-avx512f")
+
+
 def _key(compiler: str) -> str:
     digest = hashlib.sha256()
     for source in sorted(SOURCES.iterdir()):
         digest.update(source.name.encode() + source.read_bytes())
     version = subprocess.run([compiler, "--version"], capture_output=True, check=False).stdout
-    digest.update(version + " ".join(COMPILER_FLAGS).encode() + " ".join(sorted(cpu_flags())).encode())
+    digest.update(version + " ".join(_flags()).encode() + " ".join(sorted(cpu_flags())).encode())
     return digest.hexdigest()[:16]
 
 
@@ -205,7 +236,7 @@ def _build(compiler: str, path: Path) -> None:
     log.info("compiling the CPU kernels with %s, once per machine", compiler)
     with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
         made = Path(scratch) / path.name
-        command = [compiler, *COMPILER_FLAGS, "-o", str(made), str(SOURCES / "step.cpp")]
+        command = [compiler, *_flags(), "-o", str(made), str(SOURCES / "step.cpp")]
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
         except subprocess.TimeoutExpired:

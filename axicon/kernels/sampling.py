@@ -59,7 +59,7 @@ class Truncation(NamedTuple):
     """
 
     top_k: int
-    """0: all."""
+    """0, or no less than the vocabulary: all. Then the mass is 1, whatever rounding made of its sum."""
     top_p: float
     min_p: float
 
@@ -79,6 +79,8 @@ def truncate(probs_RV: Tensor, settings: Sequence[Truncation]) -> None:
 def truncate_torch(probs_RV: Tensor, settings: Sequence[Truncation]) -> None:
     """The reference of `truncate`."""
     for probs_V, one in zip(probs_RV, settings, strict=True):
+        if one.top_k >= len(probs_V):
+            one = one._replace(top_k=0)
         values_W, least = probs_V, 0.0
         for width in (*(w for w in WIDTHS if w < len(probs_V)), len(probs_V)):
             values_W = probs_V.topk(width).values

@@ -39,10 +39,11 @@ def on_gpu(function: Callable[..., Tensor], *given: object) -> Tensor:
 
 
 def compiled(
-    kernel: Any, capability: int, pointers: dict[str, str], constants: dict[str, Any], **options: int
-) -> str:
+    kernel: Any, capability: int, pointers: dict[str, str], constants: dict[str, Any],
+    most_shared: int = 163 << 10, **options: int,
+) -> str:  # fmt: skip
     """The PTX of a kernel that went through the assembler, which comes with Triton. What is neither a pointer
-    nor a constant is an int32.
+    nor a constant is an int32. most_shared: bytes of shared memory that it may want.
     """
     import triton
     from triton.backends.compiler import GPUTarget
@@ -61,4 +62,5 @@ def compiled(
     made = triton.compile(
         source, target=GPUTarget("cuda", capability, 32), options={"enable_fp_fusion": False, **options})
     assert len(made.asm["cubin"]) > 1000
+    assert made.metadata.shared <= most_shared
     return str(made.asm["ptx"])

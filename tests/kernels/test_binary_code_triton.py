@@ -116,7 +116,7 @@ def test_no_gradient() -> None:
 
 def test_the_layer_takes_the_kernels_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     packed = layer()
-    x: Any = SimpleNamespace(is_cuda=True)
+    x: Any = SimpleNamespace(is_cuda=True, requires_grad=False)
     monkeypatch.setattr(binary_code_triton, "binary_code_linear", lambda *given: given)
     assert packed(x) == (x, packed.planes, packed.alpha, packed.offset, packed.bias, 64)
     monkeypatch.delitem(sys.modules, "axicon.kernels.binary_code_triton")

@@ -121,7 +121,7 @@ def test_no_gradient() -> None:
 
 def test_the_layer_takes_the_kernel_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     packed = layer()
-    x: Any = SimpleNamespace(is_cuda=True)
+    x: Any = SimpleNamespace(is_cuda=True, requires_grad=False)
     monkeypatch.setattr(group_int_triton, "group_int_linear", lambda *given: given)
     assert packed(x) == (x, packed.qweight, packed.scale, packed.zero, packed.bias, 4, 64)
     monkeypatch.delitem(sys.modules, "axicon.kernels.group_int_triton")

@@ -177,7 +177,7 @@ def test_refusals() -> None:
 
 def test_the_layer_takes_the_kernels_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     packed = layer()
-    x: Any = SimpleNamespace(is_cuda=True)
+    x: Any = SimpleNamespace(is_cuda=True, requires_grad=False)
     monkeypatch.setattr(int8_triton, "int8_linear", lambda *given: given)
     assert packed(x) == (x, packed.qweight, packed.absmax, packed.bias, 6.0)
     monkeypatch.delitem(sys.modules, "axicon.kernels.int8_triton")

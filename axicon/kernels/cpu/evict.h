@@ -2,6 +2,7 @@
 // them together, in place and in their order.
 #pragma once
 #include <algorithm>
+#include <cfloat>
 #include <numeric>
 #include <vector>
 
@@ -31,8 +32,10 @@ inline void evict(const Evicted& e, int group, int K) {
         if (s >= live - e.recent || positions[s] < e.sinks) kept[s] = 1;
         else contested.push_back(s);
     const int room = std::max(0, e.budget - (live - int(contested.size())));
+    // A model may say NaN, which has no place in an order: it is the lowest.
+    auto score = [&](int s) { return scores[s] > -FLT_MAX ? scores[s] : -FLT_MAX; };
     std::nth_element(contested.begin(), contested.begin() + room, contested.end(),
-                     [&](int a, int b) { return scores[a] != scores[b] ? scores[a] > scores[b] : a < b; });
+                     [&](int a, int b) { return score(a) != score(b) ? score(a) > score(b) : a < b; });
     for (int i = 0; i < room; ++i) kept[contested[i]] = 1;
     bf16 *keys = e.keys + size_t(group) * e.capacity * K, *values = e.values + size_t(group) * e.capacity * K;
     float* sums = e.sums ? e.sums + size_t(group) * e.sum_stride : nullptr;

@@ -154,6 +154,13 @@ inline void tile(const Linear& l, const char* q, const Encoded* rows, int row, i
     }
 }
 
+// Rows and blocks of the largest tile, whose sums the registers hold: 32 of 512 bits, or 16 of 256.
+#ifdef AXICON_AVX2
+constexpr int TALL = 4, BROAD = 1;
+#else
+constexpr int TALL = 8, BROAD = 2;
+#endif
+
 // All rows times `count` blocks of 16 outputs.
 template <class Store>
 inline void multiply(const Linear& l, const char* q, const Encoded* rows, int R, int block, int count, Store&& store) {
@@ -161,14 +168,14 @@ inline void multiply(const Linear& l, const char* q, const Encoded* rows, int R,
     // bf16 it takes four streams not to wait for each addition.
     for (; R == 1 && l.format != BF16 && count > 0; ++block, --count) tile<1, 1>(l, q, rows, 0, block, store);
     for (; R == 1 && count >= 4; block += 4, count -= 4) tile<1, 4>(l, q, rows, 0, block, store);
-    for (; count > 0; block += 2, count -= 2) {
+    for (; count > 0; block += BROAD, count -= BROAD) {
         auto some = [&](auto m, int row) {
-            if (count >= 2) tile<m, 2>(l, q, rows, row, block, store);
+            if (count >= BROAD) tile<m, BROAD>(l, q, rows, row, block, store);
             else tile<m, 1>(l, q, rows, row, block, store);
         };
         int row = 0;
-        for (; row + 8 <= R; row += 8) some(std::integral_constant<int, 8>{}, row);
-        if (R - row >= 4) { some(std::integral_constant<int, 4>{}, row); row += 4; }
+        for (; row + TALL <= R; row += TALL) some(std::integral_constant<int, TALL>{}, row);
+        if (TALL > 4 && R - row >= 4) { some(std::integral_constant<int, 4>{}, row); row += 4; }
         if (R - row >= 2) { some(std::integral_constant<int, 2>{}, row); row += 2; }
         if (R - row >= 1) some(std::integral_constant<int, 1>{}, row);
     }

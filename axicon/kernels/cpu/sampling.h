@@ -93,6 +93,7 @@ inline double mass_from(const float* probs, int vocab, float least) {
 // What top-k (0: all), top-p and min-p leave of probs (V), in place: what is out is 0, the rest sums to 1. Each of the
 // three is a lowest probability that stays, so entries of equal probability stay or go together.
 inline void truncate(float* probs, int vocab, int top_k, double top_p, double min_p) {
+    if (top_k >= vocab) top_k = 0;
     constexpr float smallest = std::numeric_limits<float>::min();
     float least = smallest;
     if (min_p > 0) {
@@ -102,7 +103,7 @@ inline void truncate(float* probs, int vocab, int top_k, double top_p, double mi
         least = std::max(least, near < bound ? std::nextafterf(near, 2.0f) : near);
     }
     double whole = 1.0;
-    if (top_k > 0 && top_k < vocab) {
+    if (top_k > 0) {
         Descending order(probs, vocab, smallest);
         const float last = top_k < order.size() ? order[top_k - 1] : smallest;
         if (top_p < 1.0) whole = mass_from(probs, vocab, last);

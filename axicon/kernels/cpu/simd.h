@@ -1,7 +1,12 @@
-// Vector helpers shared by the kernels. AVX-512 only: on other processors the library is not built and axicon says
-// which torch path it runs instead.
+// Vector helpers shared by the kernels. They need AVX-512 with VNNI, or AVX2: on other processors the library is not
+// built and axicon says which torch path it runs instead.
 #pragma once
 #include <immintrin.h>
+
+#if !(defined __AVX512F__ && defined __AVX512BW__ && defined __AVX512DQ__ && defined __AVX512VL__ && defined __AVX512VNNI__)
+#define AXICON_AVX2
+#include "avx2.h"
+#endif
 
 #include <cmath>
 #include <cstdint>
@@ -39,6 +44,37 @@ inline __m512 exp(__m512 x) {
         p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(c));
     p = _mm512_fmadd_ps(p, _mm512_mul_ps(r, r), _mm512_add_ps(r, _mm512_set1_ps(1.0f)));
     return _mm512_scalef_ps(p, n);
+}
+
+// Keeps the compiler from making one rounding of this one and the next.
+inline __m512 rounded(__m512 v) {
+#ifdef AXICON_AVX2
+    __asm__("" : "+x"(v.lo), "+x"(v.hi));
+#else
+    __asm__("" : "+v"(v));
+#endif
+    return v;
+}
+
+// acc += four products of a byte of w (unsigned) and of x (signed) in each lane.
+inline __m512i dot4(__m512i acc, __m512i w, __m512i x) {
+#ifndef AXICON_AVX2
+    // Written as an instruction because GCC copies the accumulator before and after the intrinsic, which costs a fifth of
+    // the speed.
+    asm("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(w), "v"(x));
+    return acc;
+#else
+    auto half = [](__m256i acc, __m256i w, __m256i x) {
+#ifdef __AVXVNNI__
+        return _mm256_dpbusd_avx_epi32(acc, w, x);
+#else
+        // Products of bytes added in pairs do not fit 16 bits, so even and odd bytes are multiplied apart, as 16 bits.
+        const __m256i even = _mm256_madd_epi16(_mm256_and_si256(w, _mm256_set1_epi16(0xff)), _mm256_srai_epi16(_mm256_slli_epi16(x, 8), 8));
+        return _mm256_add_epi32(acc, _mm256_add_epi32(even, _mm256_madd_epi16(_mm256_srli_epi16(w, 8), _mm256_srai_epi16(x, 8))));
+#endif
+    };
+    return {half(acc.lo, w.lo, x.lo), half(acc.hi, w.hi, x.hi)};
+#endif
 }
 
 // Calls f(0), f(1), ... f(N-1) with compile-time indices, so that arrays of registers stay in registers.

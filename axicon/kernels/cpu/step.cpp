@@ -12,8 +12,10 @@
 #include <vector>
 
 #include "attention.h"
+#include "directions.h"
 #include "evict.h"
 #include "linear.h"
+#include "lowrank.h"
 #include "sampling.h"
 
 namespace axicon {
@@ -23,24 +25,27 @@ enum Activation : int32_t { SILU_GATED = 0, RELU = 1, GELU = 2, GELU_TANH = 3 };
 
 struct NormWeights {
     const float *weight, *bias;  // null: absent
+    float epsilon;
+    int32_t width;
 };
 
 struct Block {
     NormWeights before_attention, before_mlp, query, key;
     Linear qkv, out, up, down;
+    Linear attention_shortcut, mlp_shortcut;  // without weight: the residual goes around as it is; both or neither
     int32_t window;  // 0: full attention
     float scale;
 };
 
 struct Model {
-    int32_t blocks, width, heads, kv_heads, head_width, hidden, norm, activation, position_offset, reserved;
-    float epsilon;
-    const bf16* embedding;        // (V, D)
-    const bf16* positions;        // (P, D) or null
+    int32_t blocks, width, heads, kv_heads, head_width, hidden, norm, activation, position_offset;
+    int32_t embedding_width, position_width;  // width (D) is the widest that the residual stream becomes
+    const bf16* embedding;        // (V, embedding width)
+    const bf16* positions;        // (P, width of the first block) or null
     const float* frequencies;     // (K / 2,) of the rotary positions, or null
     const Block* block;
     NormWeights final_norm;
-    Linear head;
+    Linear project_in, head;      // no weight: the embedding is the stream
 };
 
 struct Step {
@@ -56,6 +61,8 @@ struct Step {
     float* logits;                // (wanted, V)
     int32_t first, last;          // blocks to pass; extents begin with `first`
     float* stream;                // (rows, D) residual stream between parts of a step, or null for a whole step
+    const Adapter* const* adapters;  // (requests,) the blocks of each one's adapter, or null; null where none has one
+    int32_t most_low, reserved2;  // the most numbers between A and B of a product
 };
 
 namespace {
@@ -111,7 +118,8 @@ private:
     double since_;
 };
 
-void normalise(const Model& m, const NormWeights& n, const float* x, int width, float* y) {
+void normalise(const Model& m, const NormWeights& n, const float* x, float* y) {
+    const int width = n.width;
     __m512 sum = _mm512_setzero_ps(), squares = _mm512_setzero_ps();
     if (m.norm == LAYER)
         for (int i = 0; i < width; i += LANES) sum = _mm512_add_ps(sum, _mm512_loadu_ps(x + i));
@@ -120,7 +128,7 @@ void normalise(const Model& m, const NormWeights& n, const float* x, int width, 
         const __m512 v = _mm512_sub_ps(_mm512_loadu_ps(x + i), mean);
         squares = _mm512_fmadd_ps(v, v, squares);
     }
-    const __m512 inverse = _mm512_set1_ps(1.0f / std::sqrt(_mm512_reduce_add_ps(squares) / width + m.epsilon));
+    const __m512 inverse = _mm512_set1_ps(1.0f / std::sqrt(_mm512_reduce_add_ps(squares) / width + n.epsilon));
     for (int i = 0; i < width; i += LANES) {
         __m512 v = _mm512_mul_ps(_mm512_sub_ps(_mm512_loadu_ps(x + i), mean), inverse);
         if (n.weight) v = _mm512_mul_ps(v, _mm512_loadu_ps(n.weight + i));
@@ -206,7 +214,7 @@ void attend_tile(const Model& m, const Block& b, const Step& s, const Tile& tile
         for (int h = 0; h < per; ++h) {
             float* to = q.data() + queries.size() * K;
             memcpy(to, qkv + size_t(r) * width + (group * per + h) * K, K * sizeof(float));
-            if (b.query.weight) normalise(m, b.query, to, K, to);
+            if (b.query.weight) normalise(m, b.query, to, to);
             rotate(to, turns ? turns + size_t(r) * K : nullptr, K);
             for (int i = 0; i < K; i += LANES) _mm512_storeu_ps(to + i, _mm512_mul_ps(_mm512_loadu_ps(to + i), _mm512_set1_ps(b.scale)));
             queries.push_back({to, out + (size_t(r) * m.heads + group * per + h) * K, from, live, s.hidden ? s.hidden + size_t(r) * s.tree_words : nullptr});
@@ -233,7 +241,7 @@ void append(const Model& m, const Block& b, const Step& s, int row, const float*
         const float* key = qkv + size_t(m.heads + g) * K;
         const float* value = qkv + size_t(m.heads + m.kv_heads + g) * K;
         k.assign(key, key + K);
-        if (b.key.weight) normalise(m, b.key, k.data(), K, k.data());
+        if (b.key.weight) normalise(m, b.key, k.data(), k.data());
         rotate(k.data(), turns ? turns + size_t(row) * K : nullptr, K);
         const size_t slot = size_t(g) * e.capacity + committed(s, row, g, e) + s.offset[row], at = slot * K;
         if (e.positions) e.positions[slot] = s.committed[s.request[row]] + s.offset[row];
@@ -247,9 +255,9 @@ void append(const Model& m, const Block& b, const Step& s, int row, const float*
 }  // namespace
 
 struct Buffers {
-    std::vector<float> x, qkv, attention, up, turns;
-    std::vector<char> encoded;
-    std::vector<Encoded> rows;
+    std::vector<float> x, middle, qkv, attention, up, turns, low;
+    std::vector<char> encoded, around;  // what products read, and shortcuts beside them
+    std::vector<Encoded> rows, around_rows;
     double seconds[3] = {0, 0, 0};  // by Kind, over all steps
 };
 
@@ -258,19 +266,25 @@ void run(const Model& m, const Step& s, Buffers& buf) {
     const int U = m.activation == SILU_GATED ? 2 * m.hidden : m.hidden;
     buf.x.resize(s.stream ? 0 : size_t(R) * D); buf.qkv.resize(size_t(R) * QKV); buf.attention.resize(size_t(R) * A);
     buf.up.resize(size_t(R) * U); buf.rows.resize(R);
-    buf.encoded.resize(size_t(R) * 2 * std::max({D, A, m.hidden}));
+    const int widest = std::max({D, A, m.hidden, m.embedding_width});
+    const bool sliced = m.block->attention_shortcut.weight;
+    buf.encoded.resize(size_t(R) * 2 * widest);
+    buf.middle.resize(sliced ? size_t(R) * D : 0); buf.around.resize(sliced ? size_t(R) * 2 * D : 0);
+    buf.around_rows.resize(sliced ? R : 0);
     float *x = s.stream ? s.stream : buf.x.data(), *qkv = buf.qkv.data(), *attention = buf.attention.data(), *up = buf.up.data();
     buf.turns.resize(m.frequencies ? size_t(R) * m.head_width : 0);
     float* turns = m.frequencies ? buf.turns.data() : nullptr;
+    float* middle = sliced ? buf.middle.data() : x;  // the stream between attention and MLP
     char* encoded = buf.encoded.data();
     Encoded* rows = buf.rows.data();
     const std::vector<Tile> parts = tiles(s);
-    Team team(m.blocks * 10 + 3, s.threads, buf.seconds);
+    buf.low.resize(s.adapters ? size_t(R) * s.most_low : 0);
+    Team team(m.blocks * 11 + 4, s.threads, buf.seconds);
 
 #pragma omp parallel num_threads(s.threads)
     {
         thread_local std::vector<float> line;
-        line.resize(std::max({D, A, m.hidden}));
+        line.resize(widest);
         float* h = line.data();
         int stage = 0;
         auto product = [&](const Linear& l, int R, auto&& store) {
@@ -281,14 +295,34 @@ void run(const Model& m, const Step& s, Buffers& buf) {
                 multiply(l, encoded, rows, R, i * grain, std::min(grain, blocks - i * grain), store);
             }, PRODUCTS);
         };
+        // The same beside a shortcut, in one stage.
+        auto product_beside = [&](const Linear& l, auto&& store, const Linear& around, auto&& store_around) {
+            const int own = l.outputs / LANES, all = own + around.outputs / LANES;
+            const int grain = std::max(2, all / (8 * s.threads) & ~1), pieces = (own + grain - 1) / grain;
+            team.share(stage, pieces + (all - own + grain - 1) / grain, [&](int i) {
+                const int first = (i < pieces ? i : i - pieces) * grain;
+                if (i < pieces) multiply(l, encoded, rows, R, first, std::min(grain, own - first), store);
+                else multiply(around, buf.around.data(), buf.around_rows.data(), R, first, std::min(grain, all - own - first), store_around);
+            }, PRODUCTS);
+        };
         auto into = [](float* y, int width) {
             return [=](int row, int o, __m512 v) { _mm512_storeu_ps(y + size_t(row) * width + o, v); };
         };
-        auto residual = [&](int row, int o, __m512 v) {
-            float* y = x + size_t(row) * D + o;
-            _mm512_storeu_ps(y, _mm512_add_ps(_mm512_loadu_ps(y), v));
+        auto add_to = [=](float* to) {
+            return [=](int row, int o, __m512 v) {
+                float* y = to + size_t(row) * D + o;
+                _mm512_storeu_ps(y, _mm512_add_ps(_mm512_loadu_ps(y), v));
+            };
         };
+        auto adapter = [&](int r, int layer) -> const Adapter* {
+            const Adapter* blocks = s.adapters ? s.adapters[s.request[r]] : nullptr;
+            return blocks ? blocks + layer : nullptr;
+        };
+        auto low = [&](int r) { return buf.low.data() + size_t(r) * s.most_low; };
         auto put = [&](const Linear& l, int row, const float* from) { encode(l, from, encoded + row * encoded_bytes(l), rows[row]); };
+        auto put_around = [&](const Linear& l, int row, const float* from) {
+            if (sliced) encode(l, from, buf.around.data() + row * encoded_bytes(l), buf.around_rows[row]);
+        };
 
         team.share(stage, R, [&](int r) {
             for (int i = 0, half = m.head_width / 2; turns && i < half; ++i) {
@@ -296,40 +330,70 @@ void run(const Model& m, const Step& s, Buffers& buf) {
                 turns[size_t(r) * m.head_width + i] = std::cos(angle);
                 turns[size_t(r) * m.head_width + half + i] = std::sin(angle);
             }
-            for (int i = 0; s.first == 0 && i < D; i += LANES) {
-                __m512 v = load_bf16(m.embedding + s.tokens[r] * D + i);
-                if (m.positions) v = _mm512_add_ps(v, load_bf16(m.positions + (s.positions[r] + m.position_offset) * D + i));
-                _mm512_storeu_ps(x + size_t(r) * D + i, v);
+            if (s.first > 0) return;
+            const bool projects = m.project_in.weight;
+            float* to = x + size_t(r) * D;
+            for (int i = 0; i < m.position_width; i += LANES) {
+                const bf16* p = m.positions ? m.positions + (s.positions[r] + m.position_offset) * m.position_width + i : nullptr;
+                _mm512_storeu_ps(to + i, p ? load_bf16(p) : _mm512_setzero_ps());
             }
+            for (int i = 0; i < m.embedding_width; i += LANES) {
+                const __m512 v = load_bf16(m.embedding + s.tokens[r] * m.embedding_width + i);
+                if (projects) _mm512_storeu_ps(h + i, v);
+                else _mm512_storeu_ps(to + i, _mm512_add_ps(v, _mm512_loadu_ps(to + i)));
+            }
+            if (projects) put(m.project_in, r, h);
         });
+        if (s.first == 0 && m.project_in.weight) product(m.project_in, R, add_to(x));
         for (int layer = s.first; layer < s.last; ++layer) {
             const Block& b = m.block[layer];
             const Extent* extents = s.extents + size_t(layer - s.first) * s.requests;
             team.share(stage, R, [&](int r) {
-                normalise(m, b.before_attention, x + size_t(r) * D, D, h);
+                put_around(b.attention_shortcut, r, x + size_t(r) * D);
+                normalise(m, b.before_attention, x + size_t(r) * D, h);
+                if (const Adapter* a = adapter(r, layer)) squeeze(a->qkv, h, low(r));
                 put(b.qkv, r, h);
             });
-            product(b.qkv, R, into(qkv, QKV));
-            team.share(stage, R, [&](int r) { append(m, b, s, r, qkv + size_t(r) * QKV, turns, extents[s.request[r]]); });
+            if (sliced) product_beside(b.qkv, into(qkv, QKV), b.attention_shortcut, into(middle, D));
+            else product(b.qkv, R, into(qkv, QKV));
+            team.share(stage, R, [&](int r) {
+                if (const Adapter* a = adapter(r, layer)) spread(a->qkv, low(r), qkv + size_t(r) * QKV);
+                append(m, b, s, r, qkv + size_t(r) * QKV, turns, extents[s.request[r]]);
+            });
             team.share(stage, int(parts.size()) * m.kv_heads, [&](int i) {
                 const Tile& part = parts[i / m.kv_heads];
                 attend_tile(m, b, s, part, i % m.kv_heads, qkv, turns, extents[s.request[part.row]], attention);
             }, ATTENTION);
             team.share(stage, R, [&](int r) { put(b.out, r, attention + size_t(r) * A); });
-            product(b.out, R, residual);
+            product(b.out, R, add_to(middle));
             team.share(stage, R, [&](int r) {
-                normalise(m, b.before_mlp, x + size_t(r) * D, D, h);
+                const Adapter* a = adapter(r, layer);
+                if (a) {
+                    squeeze(a->out, attention + size_t(r) * A, low(r));
+                    spread(a->out, low(r), middle + size_t(r) * D);
+                }
+                put_around(b.mlp_shortcut, r, middle + size_t(r) * D);
+                normalise(m, b.before_mlp, middle + size_t(r) * D, h);
+                if (a) squeeze(a->up, h, low(r));
                 put(b.up, r, h);
             });
-            product(b.up, R, into(up, U));
+            if (sliced) product_beside(b.up, into(up, U), b.mlp_shortcut, into(x, D));
+            else product(b.up, R, into(up, U));
             team.share(stage, R, [&](int r) {
+                const Adapter* a = adapter(r, layer);
+                if (a) spread(a->up, low(r), up + size_t(r) * U);
                 activate(m, up + size_t(r) * U, h);
+                if (a) squeeze(a->down, h, low(r));
                 put(b.down, r, h);
             });
-            product(b.down, R, residual);
+            product(b.down, R, add_to(x));
+            if (s.adapters)
+                team.share(stage, R, [&](int r) {
+                    if (const Adapter* a = adapter(r, layer)) spread(a->down, low(r), x + size_t(r) * D);
+                });
         }
         team.share(stage, s.wanted, [&](int i) {
-            normalise(m, m.final_norm, x + size_t(s.wanted_rows[i]) * D, D, h);
+            normalise(m, m.final_norm, x + size_t(s.wanted_rows[i]) * D, h);
             put(m.head, i, h);
         });
         product(m.head, s.wanted, into(s.logits, m.head.outputs));
@@ -397,7 +461,7 @@ void axicon_linear(const axicon::Linear* l, const float* x, int R, float* y, int
 #pragma omp for schedule(dynamic)
         for (int b = 0; b < blocks; b += 4)
             axicon::multiply(*l, q.data(), rows.data(), R, b, std::min(4, blocks - b),
-                             [&](int r, int o, __m512 v) { _mm512_storeu_ps(y + size_t(r) * l->outputs + o, v); });
+                             [&](int r, int o, auto v) { _mm512_storeu_ps(y + size_t(r) * l->outputs + o, v); });
     }
 }
 
@@ -424,5 +488,23 @@ void axicon_draw(const float* probs, const int64_t* ids, int rows, int count, in
 #pragma omp parallel for schedule(dynamic) num_threads(std::min(threads, rows))
     for (int r = 0; r < rows; ++r)
         tokens[r] = axicon::first_arrival(probs + size_t(r) * count, ids + r * stride, count, keys[r]);
+}
+
+// 4 words each for counters (block, stream), block = first_block ...
+void axicon_philox(uint64_t key, uint32_t stream, int64_t first_block, int64_t blocks, uint32_t* out) {
+    for (int64_t b = 0; b < blocks; ++b)
+        axicon::philox<1>(key, uint32_t(first_block + b), stream, reinterpret_cast<uint32_t(*)[4]>(out + 4 * b));
+}
+
+// Weights as bfloat16 if `narrow`, else float32.
+void axicon_add_signs(const void* source, void* out, int64_t rows, int64_t width, const int64_t* first, float keep,
+                      float scale, uint64_t key, uint32_t stream, int narrow, int threads) {
+    using axicon::bf16;
+    if (narrow)
+        axicon::add_signs_rows(static_cast<const bf16*>(source), static_cast<bf16*>(out), rows, width, first, keep, scale, key,
+                               stream, threads);
+    else
+        axicon::add_signs_rows(static_cast<const float*>(source), static_cast<float*>(out), rows, width, first, keep, scale, key,
+                               stream, threads);
 }
 }

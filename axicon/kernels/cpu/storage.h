@@ -37,13 +37,6 @@ struct Encoded {
     std::vector<Share> groups;
 };
 
-// acc += four products of a byte of w (unsigned) and of x (signed) in each lane. Written as an instruction because GCC
-// copies the accumulator before and after the intrinsic, which costs a fifth of the speed.
-inline __m512i dot4(__m512i acc, __m512i w, __m512i x) {
-    asm("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(w), "v"(x));
-    return acc;
-}
-
 template <int U>
 inline __m512i total(const __m512i (&part)[U]) {
     __m512i sum = part[0];
