@@ -26,6 +26,7 @@ from axicon.compress.head import Head, pack_head
 from axicon.compress.moments import GroupHessian, Magnitude
 from axicon.compress.rules import Rules, check_rules, products
 from axicon.compress.scaling import Pair, float_copy, fold, keep_norms, living, norm_pairs, product_pairs
+from axicon.compress.shared import gather
 from axicon.errors import AxiconError
 from axicon.model.decoder import Block, Decoder, dense_attend
 from axicon.model.group_int import BITS, GroupIntLinear
@@ -77,7 +78,7 @@ class AWQ:
         seen = {
             name: _Inputs(getattr(block, name).in_features, method.group) for name, method in todo.items()
         }
-        observe(block, inputs, {name: one.add for name, one in seen.items()})
+        gather(block, inputs, {name: (one.size, one.hessian) for name, one in seen.items()})
         sizes = {name: one.size.mean(f"awq: blocks.{block.index}.{name}") for name, one in seen.items()}
         errors = _Errors(scaled, _some(inputs, self.tokens), todo)
         found = []
@@ -152,10 +153,6 @@ class _Inputs:
 
     def __init__(self, inputs: int, group: int) -> None:
         self.size, self.hessian = Magnitude(inputs), GroupHessian(inputs, group)
-
-    def add(self, x_NI: Tensor) -> None:
-        self.size.add(x_NI)
-        self.hessian.add(x_NI)
 
 
 def _some(inputs: Sequence[Tensor], tokens: int) -> Tensor:

@@ -11,7 +11,8 @@ counts as +, so planes have no third value.
 
 The paper's fit sees no data. With `compensate` it is the choice of levels in GPTQ's loop (algorithm 1 of
 arXiv:2210.17323): a group is fitted when the loop comes to it, to weights that have the updates of all
-columns before it, and each column's error is made good by the columns still to come.
+columns before it, and each column's error is made good by the columns still to come. With `act_order` all
+groups are fitted before the loop, which takes the columns with the largest diagonal of H first.
 """
 
 from __future__ import annotations
@@ -25,16 +26,18 @@ import torch
 from torch import Tensor, nn
 
 from axicon.compress import sign_planes
-from axicon.compress.calibration import observe, through
-from axicon.compress.columns import compensate, inverse_factor
+from axicon.compress.calibration import through
+from axicon.compress.columns import compensate, inverse_factor, reordered
 from axicon.compress.grid import groups_of
 from axicon.compress.head import Head, pack_head
 from axicon.compress.moments import Hessian
 from axicon.compress.rules import Rules, check_rules, products
+from axicon.compress.shared import gather
 from axicon.compress.sign_planes import Planes, Start
 from axicon.errors import AxiconError
 from axicon.model.binary_code import BinaryCodeLinear
 from axicon.model.decoder import Block, Decoder
+from axicon.model.masks import kept
 
 log = logging.getLogger("axicon")
 
@@ -55,9 +58,11 @@ class BinaryCode:
     """none: levels are symmetric around 0."""
     importance: Literal["none", "magnitude", "hessian_diag"] = "none"
     """What a weight's squared error counts for: its size, or the mean square of what it multiplies. With
-    `compensate`, hessian_diag is what of that the columns still to come cannot make good."""
+    `compensate` alone, hessian_diag is what of that the columns still to come cannot make good."""
     compensate: bool = False
     """Each column's error is made good by the columns still to come, as in GPTQ."""
+    act_order: bool = False
+    """With `compensate`: columns with the largest diagonal of H first, all groups fitted before the first."""
     damping: float = 0.01
     """Share of the mean diagonal of H that is added to it."""
     block_size: int = 64
@@ -80,6 +85,8 @@ class BinaryCode:
                 "must be at least 0, 0 and 1")
         if self.compensate and self.importance == "magnitude":
             raise AxiconError("binary_code: with compensate, importance is none or hessian_diag")
+        if self.act_order and not self.compensate:
+            raise AxiconError("binary_code: act_order is an order of the loop; it needs compensate=true")
         check_rules(self, "binary_code")
 
     def begin(self, model: Decoder) -> None:
@@ -87,9 +94,14 @@ class BinaryCode:
 
     def block(self, block: Block, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
         todo = list(products(self, block, "binary_code"))
+        for name, linear, _ in todo:
+            if kept(linear) is not None:
+                raise AxiconError(
+                    f"binary_code: blocks.{block.index}.{name} is pruned, and levels of binary codes "
+                    "have no 0; pack it by gptq or group_int4, or start from the dense model")
         hessians = {name: Hessian(linear.in_features) for name, linear, _ in todo if self.needs_inputs}
         if hessians:
-            observe(block, inputs, {name: one.add for name, one in hessians.items()})
+            gather(block, inputs, {name: [one] for name, one in hessians.items()})
         for name, linear, method in todo:
             where = f"blocks.{block.index}.{name}"
             found = hessians.pop(name, None)
@@ -141,42 +153,60 @@ class BinaryCode:
         """Levels of all groups, row after row, and codes (O, I)."""
         inputs = weight_OI.shape[1]
         dead_I = hessian_II.diagonal() == 0
+        weight_OI, order_I, fitted = weight_OI.masked_fill(dead_I, 0), torch.arange(inputs), None
+        if self.act_order:
+            importance = self._importance(weight_OI, hessian_II)
+            fitted = self._planes(groups_of(weight_OI, self.group), importance)
         hessian_II.diagonal()[dead_I] = 1
+        if self.act_order:
+            order_I = hessian_II.diagonal().argsort(descending=True, stable=True)
+            hessian_II.copy_(reordered(hessian_II, order_I))  # the caller's, of which there is to be one
+            weight_OI = weight_OI[:, order_I]
         factor_II = inverse_factor(hessian_II, self.damping)
         if factor_II is None:
             log.warning(
                 "binary_code: %s has nothing made good: its inputs leave H singular at any damping", name)
             factor_II = torch.eye(inputs)
-        levels = _Levels(self, inputs, factor_II.diagonal())
-        width = min(self.block_size, levels.width)
+        levels = _Levels(self, inputs, factor_II.diagonal(), fitted, order_I)
+        width = levels.width if fitted is None else inputs  # no piece goes over the edge of a group to fit
         pieces = [
-            slice(first, min(first + width, start + levels.width))
-            for start in range(0, inputs, levels.width)
-            for first in range(start, start + levels.width, width)
+            slice(first, min(first + self.block_size, start + width))
+            for start in range(0, inputs, width)
+            for first in range(start, start + width, self.block_size)
         ]
-        compensate(weight_OI.masked_fill(dead_I, 0), factor_II, pieces, levels)
+        compensate(weight_OI, factor_II, pieces, levels)
         alpha = torch.stack([one.alpha for one in levels.found], 1).flatten(0, 1)
         offset = torch.stack([one.offset for one in levels.found], 1).flatten(0, 1)
-        return Planes(alpha, offset), torch.stack(levels.codes, 1)
+        return Planes(alpha, offset), torch.stack(levels.codes, 1)[:, order_I.argsort()]
 
 
 class _Levels:
-    """Fits a group when the loop comes to it, and rounds columns to its levels."""
+    """Rounds columns to the levels of their group, which are fitted when the loop comes to it unless they are
+    there already. `order_I` is the place of each of the loop's columns in the weight.
+    """
 
-    def __init__(self, method: BinaryCode, inputs: int, factor_I: Tensor) -> None:
+    def __init__(
+        self, method: BinaryCode, inputs: int, factor_I: Tensor, fitted: Planes | None, order_I: Tensor
+    ) -> None:
         self.method, self.width = method, method.group if method.group > 0 else inputs
-        self.importance_I = factor_I.square().reciprocal()
+        self.importance_I, self.group_of = factor_I.square().reciprocal(), (order_I // self.width).tolist()
+        self.fit = fitted is None
         self.found: list[Planes] = []
+        if fitted is not None:
+            groups = inputs // self.width
+            parts = (values.unflatten(0, (-1, groups)).unbind(1) for values in (fitted.alpha, fitted.offset))
+            self.found = [Planes(*one) for one in zip(*parts, strict=True)]
         self.codes: list[Tensor] = []
 
     def begin(self, piece: slice, rest_OJ: Tensor) -> None:
-        if piece.start % self.width == 0:
+        if self.fit and piece.start % self.width == 0:
             importance = None
             if self.method.importance == "hessian_diag":
                 importance = self.importance_I[None, piece.start : piece.start + self.width]
             self.found.append(self.method._planes(rest_OJ[:, : self.width].contiguous(), importance))
 
-    def column(self, index: int, weight_O: Tensor) -> Tensor:
-        codes_O1 = self.found[-1].nearest(weight_O[:, None])
+    def column(self, index: int, rest_JO: Tensor) -> Tensor:
+        planes = self.found[self.group_of[index]]
+        codes_O1 = planes.nearest(rest_JO[0][:, None])
         self.codes.append(codes_O1[:, 0])
-        return self.found[-1].values(codes_O1)[:, 0]
+        return planes.values(codes_O1)[:, 0]

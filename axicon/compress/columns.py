@@ -11,6 +11,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+ROWS_AT_ONCE = 256
+"""Of a matrix whose columns are put in another order."""
+
 
 class Rounding(Protocol):
     """Where weights may go."""
@@ -18,8 +21,10 @@ class Rounding(Protocol):
     def begin(self, piece: slice, rest_OJ: Tensor) -> None:
         """Called before the first column of a piece, with all columns from there on as they are now."""
 
-    def column(self, index: int, weight_O: Tensor) -> Tensor:
-        """The values that a column's weights become."""
+    def column(self, index: int, rest_JO: Tensor) -> Tensor:
+        """The values that a column's weights, `rest_JO[0]`, become. Behind them are the columns of the piece
+        that are still to come, as they are now.
+        """
 
 
 def compensate(weight_OI: Tensor, factor_II: Tensor, pieces: Iterable[slice], rounding: Rounding) -> None:
@@ -33,7 +38,7 @@ def compensate(weight_OI: Tensor, factor_II: Tensor, pieces: Iterable[slice], ro
         factor_JJ = factor_II[piece, piece]
         error_JO = torch.empty_like(part_JO)
         for j, column in enumerate(range(piece.start, piece.stop)):
-            error_JO[j] = (part_JO[j] - rounding.column(column, part_JO[j])) / factor_JJ[j, j]
+            error_JO[j] = (part_JO[j] - rounding.column(column, part_JO[j:])) / factor_JJ[j, j]
             part_JO[j + 1 :].addr_(factor_JJ[j, j + 1 :], error_JO[j], alpha=-1)
         weight_OI[:, piece.stop :].addmm_(error_JO.T, factor_II[piece, piece.stop :], alpha=-1)
 
@@ -60,3 +65,11 @@ def inverse_factor(hessian_II: Tensor, damping: float) -> Tensor | None:
         if damping >= 1:
             return None
         added, damping = damping, min(max(10 * damping, 0.01), 1.0)
+
+
+def reordered(matrix_II: Tensor, order_I: Tensor) -> Tensor:
+    """Rows and columns in another order, with no more than a second matrix in memory."""
+    matrix_II = matrix_II[order_I]
+    for rows in matrix_II.split(ROWS_AT_ONCE):
+        rows.copy_(rows[:, order_I])
+    return matrix_II

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -74,13 +75,13 @@ def estimate(
     shape = checkpoint.shape_of(source)
     probe = min(1, shape.layers - 1)
     start = time.perf_counter()
-    part = checkpoint.load(source, dtype=dtype, blocks=range(probe, probe + 1))
+    part = checkpoint.load(source, dtype=dtype, blocks=range(probe, probe + 1), masks=True)
     before = _bytes(part, dtype)
     grams, passes = 0, 0.0
     if calibration is None:
         walk(copy.deepcopy(compressor), [part])
     else:
-        grams = _gram_bytes(part)
+        grams = _gram_bytes(part) + _training_bytes(compressor, part, calibration)
         passes = _try_calibrated(copy.deepcopy(compressor), part, calibration)
     after = sum(tensor.nbytes for _, tensor in stored_tensors(part))
     seconds = time.perf_counter() - start
@@ -110,26 +111,43 @@ def state_bytes(source: Path, dtype: torch.dtype, calibration: Calibration) -> i
 
 
 def _try_calibrated(compressor: Compressor, part: Decoder, calibration: Calibration) -> float:
-    """Compress the block of `part` on a short made-up window. Returns the seconds that all windows of the
-    sample would take to go through it, as often as a method and the walk send them.
+    """Compress the block of `part` on a short made-up window, or on as many tokens as a method's field
+    `tokens` says that it looks at many times. Returns the seconds that all windows of the sample would take
+    to go through the block, as often as the walk and a method send them: one that trains says so in
+    `more_passes`.
     """
     block = part.blocks[0]
     assert isinstance(block, Block)
     windows, length = calibration.tokens_WT.shape
     made = torch.Generator().manual_seed(0)
     x_BTD = torch.randn(1, length, block.shape.width_in, generator=made).to(part.dtype)
-    sequences(block, x_BTD)  # first touches of memory
+    once = min(_seconds(lambda: sequences(block, x_BTD)) for _ in range(3))  # the first touches new memory
+    tokens = getattr(compressor, "tokens", TRIED_TOKENS)
+    shown = [x_BTD[:, :tokens]] * min(windows, max(1, tokens // length))
+    compressor.block(block, shown)
+    return (PASSES + getattr(compressor, "more_passes", 0)) * once * windows
+
+
+def _seconds(work: Callable[[], object]) -> float:
     start = time.perf_counter()
-    sequences(block, x_BTD)
-    once = time.perf_counter() - start
-    compressor.block(block, [x_BTD[:, :TRIED_TOKENS]])
-    return PASSES * once * windows
+    work()
+    return time.perf_counter() - start
 
 
 def _gram_bytes(part: Decoder) -> int:
     """Of the x x^T of all products of a block in float32, and of one more of the largest: its factor."""
     widths = [m.in_features for block in part.blocks for m in block.children() if isinstance(m, nn.Linear)]
     return 4 * (sum(width**2 for width in widths) + max(widths) ** 2)
+
+
+def _training_bytes(compressor: Compressor, part: Decoder, calibration: Calibration) -> int:
+    """Of a method that trains a block, the dense one beside it, on `trained_windows` at once: both blocks
+    once more, and what every product of one is given and returns, for the backward pass.
+    """
+    tokens = getattr(compressor, "trained_windows", 0) * calibration.tokens_WT.shape[1]
+    linears = [m for block in part.blocks for m in block.children() if isinstance(m, nn.Linear)]
+    widths = sum(m.in_features + m.out_features for m in linears)
+    return 2 * _bytes(part, part.dtype) + 2 * part.dtype.itemsize * tokens * widths if tokens else 0
 
 
 def _bytes(part: Decoder, dtype: torch.dtype) -> int:

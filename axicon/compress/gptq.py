@@ -20,19 +20,19 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from axicon.compress.calibration import observe, through
-from axicon.compress.columns import compensate, inverse_factor
+from axicon.compress.calibration import through
+from axicon.compress.columns import compensate, inverse_factor, reordered
 from axicon.compress.grid import Grid, Kind, groups_of, packed
 from axicon.compress.head import Head, pack_head
 from axicon.compress.moments import Hessian
 from axicon.compress.rules import Rules, check_rules, products
+from axicon.compress.shared import gather
 from axicon.errors import AxiconError
 from axicon.model.decoder import Block, Decoder
 from axicon.model.group_int import BITS, GroupIntLinear
+from axicon.model.masks import kept
 
 log = logging.getLogger("axicon")
-ROWS_AT_ONCE = 256
-"""Of a matrix whose columns are put in another order."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +82,7 @@ class GPTQ:
         for some in rounds:
             hessians = {name: Hessian(linear.in_features) for name, linear, _ in some}
             if hessians:
-                observe(block, inputs, {name: one.add for name, one in hessians.items()})
+                gather(block, inputs, {name: [one] for name, one in hessians.items()})
             for name, linear, method in some:
                 setattr(block, name, method.round(
                     linear, hessians.pop(name).matrix(f"gptq: blocks.{block.index}.{name}"),
@@ -114,7 +114,10 @@ class GPTQ:
         if factor_II is None:
             log.warning("gptq: %s is rounded plainly: its inputs leave H singular at any damping", name)
             factor_II = torch.eye(linear.in_features)
-        codes_OI, grid = self._columns(weight_OI, factor_II, static, order_I)
+        kept_OI = kept(linear)
+        if kept_OI is not None:
+            kept_OI = kept_OI[:, order_I]
+        codes_OI, grid = self._columns(weight_OI, factor_II, static, order_I, kept_OI)
         if static is not None:
             codes_OI = codes_OI[:, order_I.argsort()]
         result = packed(codes_OI, grid, linear.bias, self.group)
@@ -125,13 +128,15 @@ class GPTQ:
         return result
 
     def _columns(
-        self, weight_OI: Tensor, factor_II: Tensor, static: Grid | None, order_I: Tensor
+        self, weight_OI: Tensor, factor_II: Tensor, static: Grid | None, order_I: Tensor,
+        kept_OI: Tensor | None,
     ) -> tuple[Tensor, Grid]:
         """Codes (O, I), in the order of the columns given, and the grid of all groups.
 
-        With a `static` grid a column's group is that of its place in the weight's own order.
+        With a `static` grid a column's group is that of its place in the weight's own order. What a mask says
+        is gone stays 0.
         """
-        columns = _Columns(self, weight_OI.shape, static, order_I)
+        columns = _Columns(self, weight_OI.shape, static, order_I, kept_OI)
         pieces = self._pieces(weight_OI.shape[1], fitted=static is not None)
         compensate(weight_OI.clone(), factor_II, pieces, columns)
         grid = Grid(columns.scale_OG.reshape(-1, 1), columns.zero_OG.reshape(-1, 1), self.bits, self.grid)
@@ -148,21 +153,15 @@ class GPTQ:
             start = stop
 
 
-def reordered(matrix_II: Tensor, order_I: Tensor) -> Tensor:
-    """Rows and columns in another order, with no more than a second matrix in memory."""
-    matrix_II = matrix_II[order_I]
-    for rows in matrix_II.split(ROWS_AT_ONCE):
-        rows.copy_(rows[:, order_I])
-    return matrix_II
-
-
 class _Columns:
     """Rounds columns to the grid of their group, fitted when the loop comes to it unless it is static."""
 
-    def __init__(self, method: GPTQ, shape: torch.Size, static: Grid | None, order_I: Tensor) -> None:
+    def __init__(
+        self, method: GPTQ, shape: torch.Size, static: Grid | None, order_I: Tensor, kept_OI: Tensor | None
+    ) -> None:
         outputs, inputs = shape
         groups = 1 if method.group <= 0 else inputs // method.group
-        self.method, self.static, self.order_I = method, static, order_I
+        self.method, self.static, self.order_I, self.kept_OI = method, static, order_I, kept_OI
         self.scale_OG, self.zero_OG = torch.empty(outputs, groups), torch.empty(outputs, groups)
         if static is not None:
             self.scale_OG = static.scale.view(outputs, groups)
@@ -178,11 +177,14 @@ class _Columns:
             self.scale_OG[:, piece.start // group] = self.grid.scale[:, 0]
             self.zero_OG[:, piece.start // group] = self.grid.zero[:, 0]
 
-    def column(self, index: int, weight_O: Tensor) -> Tensor:
+    def column(self, index: int, rest_JO: Tensor) -> Tensor:
         if self.static is not None and self.method.group > 0:
             at = int(self.order_I[index]) // self.method.group
             self.grid = dataclasses.replace(
                 self.grid, scale=self.scale_OG[:, at, None], zero=self.zero_OG[:, at, None])
+        weight_O = rest_JO[0]
+        if self.kept_OI is not None:
+            weight_O = weight_O.masked_fill(~self.kept_OI[:, index], 0)
         code_O1 = self.grid.codes(weight_O[:, None])
         self.codes_OI[:, index] = code_O1[:, 0]
         return self.grid.values(code_O1)[:, 0]

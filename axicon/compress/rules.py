@@ -11,18 +11,22 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Mapping
 from fnmatch import fnmatchcase
-from typing import Any, Literal, Protocol, TypeVar
+from pathlib import Path
+from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
 
+import torch
 from torch import nn
 
 from axicon.errors import AxiconError
-from axicon.model.decoder import Block
+from axicon.model import checkpoint
+from axicon.model.decoder import Block, Decoder
 from axicon.model.group_int import group_count
 from axicon.model.packed import PackedLinear
 
 Rules = dict[str, Literal["skip"] | dict[str, bool | int | float | str]]
 
 
+@runtime_checkable
 class Ruled(Protocol):
     """A method with rules. Its fields `bits` and `group` may be among what a rule changes."""
 
@@ -83,3 +87,24 @@ def products(method: T, block: Block, kind: str) -> Iterator[tuple[str, nn.Linea
         except ValueError as e:
             raise AxiconError(f"{kind}: {name}: {e}") from None
         yield attribute, module, one
+
+
+def check_fit(method: object, kind: str, source: Path) -> None:
+    """Whether a method's rules, if it has any, fit the model of a directory. Raises AxiconError as `products`
+    does, and for a pattern that is the name of nothing in it.
+    """
+    if not isinstance(method, Ruled):
+        return
+    with torch.device("meta"):
+        blocks = [block for block in Decoder(checkpoint.shape_of(source)).blocks if isinstance(block, Block)]
+    names = []
+    for block in blocks:
+        list(products(method, block, kind))
+        weights = [name for name, m in block.named_children() if isinstance(m, nn.Linear | PackedLinear)]
+        names += [f"blocks.{block.index}.{name}" for name in weights]
+    for pattern in method.rules:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            ends = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in names))
+            raise AxiconError(
+                f"{kind}: rules of {pattern!r}: no product of this model has such a name; they are called "
+                f"{names[0]} to {names[-1]}, with {ends} at the end")

@@ -99,12 +99,15 @@ def fold(scaled: Block, pair: Pair, scale_C: Tensor, dtype: torch.dtype) -> Tens
     """
     producer, product = getattr(scaled, pair.producer), getattr(scaled, pair.product)
     if isinstance(producer, Norm):
+        gate = scaled.head_gate if pair.producer == "attention_norm" else None
         assert producer.weight is not None
         weight_C = (producer.weight / scale_C).to(dtype).float()
         scale_C = torch.where(weight_C != 0, producer.weight / weight_C, scale_C)
         producer.weight = _parameter(weight_C)
         if producer.bias is not None:
             producer.bias = _parameter(producer.bias / scale_C)
+        if gate is not None:  # reads the norm too
+            gate.scale_inputs(scale_C)
     else:
         producer.weight[pair.rows] /= scale_C[:, None]
         if producer.bias is not None:
@@ -115,8 +118,12 @@ def fold(scaled: Block, pair: Pair, scale_C: Tensor, dtype: torch.dtype) -> Tens
 
 
 def keep_norms(block: Block, scaled: Block, pairs: Iterable[Pair]) -> None:
-    """Give a block the norms of its scaled copy, in its own dtype."""
+    """Give a block the norms of its scaled copy, in its own dtype, and the gates that read one."""
     for pair in pairs:
+        gate, scaled_gate = block.head_gate, scaled.head_gate
+        if gate is not None and scaled_gate is not None and pair.producer == "attention_norm":
+            for name, value in scaled_gate.named_parameters():
+                setattr(gate, name, _parameter(value.to(gate.bias.dtype)))
         norm, new = getattr(block, pair.producer), getattr(scaled, pair.producer)
         if isinstance(norm, Norm) and norm.weight is not None:
             dtype = norm.weight.dtype  # new parameters: the old ones may be pages of a file

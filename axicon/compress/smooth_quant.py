@@ -19,11 +19,12 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from axicon.compress.calibration import observe, through
+from axicon.compress.calibration import through
 from axicon.compress.head import Head, pack_head
 from axicon.compress.moments import Magnitude
 from axicon.compress.rules import Rules, check_rules, products
 from axicon.compress.scaling import Pair, float_copy, fold, keep_norms, living, norm_pairs, product_pairs
+from axicon.compress.shared import gather
 from axicon.errors import AxiconError
 from axicon.model.decoder import Block, Decoder
 from axicon.model.int8 import Int8Linear
@@ -68,7 +69,7 @@ class SmoothQuant:
         scaled = float_copy(block, "smooth_quant")
         dtype = next(block.parameters()).dtype
         seen = {pair.product: Magnitude(getattr(block, pair.product).in_features) for pair in pairs}
-        observe(block, inputs, {name: one.add for name, one in seen.items()})
+        gather(block, inputs, {name: [one] for name, one in seen.items()})
         for pair in pairs:
             largest_I = seen[pair.product].largest(f"smooth_quant: blocks.{block.index}.{pair.product}")
             weight_OI = getattr(scaled, pair.product).weight

@@ -21,8 +21,10 @@ from axicon.compress.calibration import (
     sequences,
     through,
 )  # fmt: skip
+from axicon.errors import AxiconError
 from axicon.model.decoder import Block, Decoder
-from axicon.protocols import Compressor
+from axicon.model.shape import ModelShape
+from axicon.protocols import Compressor, Reshaping
 
 
 @torch.no_grad()
@@ -49,18 +51,27 @@ def step(
     store: Store = list,
 ) -> tuple[States, list[float]]:
     """Compress one part in place. `states` are those before its first block, which for the embedding's part
-    are made here from the sample.
+    are made here from the sample unless they are given.
 
     Returns the states behind its last block, kept by `store` (none behind the last of the model), and for
     each block how far its output is from the dense block's for the same first window: |y - dense| / |dense|.
+    A block whose basis changes has no such error.
     """
     if compressor.needs_inputs and calibration is None:
         raise ValueError(f"{type(compressor).__name__} needs calibration inputs")
     if not compressor.needs_inputs:
         calibration = None
+    shape = reshaped(compressor, part.shape)
+    if shape is not part.shape and calibration is not None and calibration.dense:
+        raise AxiconError(
+            "calibration.inputs=dense: sliced blocks read another basis than dense ones hand on; "
+            "take sequential")
     if part.has_embedding:
         compressor.begin(part)
-        states = () if calibration is None else embedded(part, calibration.tokens_WT)
+        if calibration is None:
+            states = ()
+        elif not states:
+            states = embedded(part, calibration.tokens_WT)
     errors = []
     for block in part.blocks:
         assert isinstance(block, Block)
@@ -70,19 +81,25 @@ def step(
         wanted = block.index + 1 < part.shape.layers
         where = f"the output of blocks.{block.index}"
         before, first = states, states[0]
-        dense = sequences(block, first)
+        dense = sequences(block, first) if shape is part.shape else None
         if wanted and calibration.dense:
             states = store(finite(through(block, before), where))
         after = compressor.block(block, before)
         if wanted and not calibration.dense:
             states = store(finite(after, where))
         got = next(iter(after))
-        if got.shape == dense.shape:
+        if dense is not None:
             errors.append(float((got.float() - dense.float()).norm() / dense.float().norm().clamp(min=1e-30)))
     if part.has_head:
         compressor.finish(part)
         states = ()
+    part.shape = shape
     return states, errors
+
+
+def reshaped(compressor: Compressor, shape: ModelShape) -> ModelShape:
+    """What the compressor makes of a dense model's shape: the same object unless it changes widths."""
+    return compressor.reshaped(shape) if isinstance(compressor, Reshaping) else shape
 
 
 def compress(compressor: Compressor, model: Decoder, calibration: Calibration | None = None) -> Decoder:

@@ -23,15 +23,15 @@ from torch import Tensor
 
 from axicon.compress.calibration import OnDisk, States
 from axicon.errors import AxiconError
-from axicon.model import safety
+from axicon.model import safety, slicing
 from axicon.model.artefact import atomic_directory, write_json
 from axicon.model.decoder import Decoder
 from axicon.model.formats import Packing, install, packing_of
 from axicon.model.tensorfile import TensorFile
 from axicon.model.tensorwriter import TensorWriter, write_weights
-from axicon.model.weights import as_placed, set_tensor, stored_tensors, tensor_at, weight_map
+from axicon.model.weights import as_placed, install_masks, set_tensor, stored_tensors, tensor_at, weight_map
 
-STATES = "states"
+STATES, CARRIED = "states", "carried"
 
 
 def work_folder(target: Path) -> Path:
@@ -44,9 +44,10 @@ class Work:
     def __init__(self, folder: Path, plan: Mapping[str, Any]) -> None:
         """Opens the folder, or makes it. Raises AxiconError where it cannot be written."""
         self.folder = folder
-        self.cleared = folder.exists() and self._plan() != plan
+        other = folder.exists() and self._plan() != plan
+        self.cleared = other and self._block(0).exists()
         """Whether blocks of another plan were removed."""
-        if self.cleared:
+        if other:
             shutil.rmtree(folder)
         if not folder.exists():
             with atomic_directory(folder) as made:
@@ -92,14 +93,28 @@ class Work:
                 raise
             why = e.__cause__.strerror or str(e.__cause__)
             raise AxiconError(
-                f"cannot write in {self.folder}: {why}; {self.done} finished blocks are kept there; mend "
+                f"cannot write in {self.folder}: {why}; finished blocks kept there: {self.done}; mend "
                 "that and run the same command again, or remove the folder") from e
 
     def write(self, made: Path, part: Decoder, **facts: Any) -> None:
         """The tensors of a part and how they are packed, into the folder of its block."""
         write_weights(made, stored_tensors(part))
         packing = {name: [one.format, dict(one.settings)] for name, one in packing_of(part).items()}
-        write_json(made / "block.json", {"packing": packing, **facts})
+        sliced = slicing.as_config(part.shape)
+        write_json(made / "block.json", {"packing": packing, "slicing": sliced, **facts})
+
+    def carry(self, made: Path, tensors: Mapping[str, Tensor]) -> None:
+        """Into the folder of a block: what the compressor of the next one needs to know."""
+        (made / CARRIED).mkdir()
+        write_weights(made / CARRIED, tensors.items())
+
+    def carried(self) -> dict[str, Tensor]:
+        """What was carried from the last finished block; empty if nothing was."""
+        path = self._block(self.done - 1) / CARRIED / "model.safetensors"
+        if not path.exists():
+            return {}
+        file = TensorFile(path)
+        return {name: file.tensor(name).clone() for name in file.entries}
 
     def facts(self, index: int) -> dict[str, Any]:
         return safety.read_json(self._block(index) / "block.json")
@@ -119,9 +134,14 @@ class Work:
                 yield name, file.tensor(name)
                 file.forget()
 
-    def restore(self, part: Decoder) -> None:
-        """Make of the dense part, which is one block's, the finished one."""
+    def restore(self, part: Decoder) -> Decoder:
+        """The finished part, made of the dense one, which is one block's."""
+        if sliced := self.facts(part.first)["slicing"]:
+            with torch.device("meta"):
+                narrow = Decoder(slicing.read(part.shape, sliced), range(part.first, part.last))
+            part = narrow.to(part.dtype).to_empty(device=part.device).requires_grad_(False)
         install(part, self.packing(part.first))
+        install_masks(part, {name for name, _ in self.tensors(part.first)})
         places = weight_map(part)
         for name, tensor in self.tensors(part.first):
             place = places[name]
@@ -129,6 +149,7 @@ class Work:
                 set_tensor(part, place.parameter, as_placed(place, tensor).clone())
             else:
                 tensor_at(part, place).copy_(tensor)
+        return part
 
     def states(self, shape: tuple[int, ...], dtype: torch.dtype) -> States | None:
         """The hidden states behind the last finished block, if they were kept on disk."""

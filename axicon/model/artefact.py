@@ -29,6 +29,13 @@ FORMAT_VERSION = 1
 MANIFEST, REPORT, CARD, README = "manifest.json", "report.json", "card.json", "README.md"
 MEASURED = (REPORT, CARD, README)
 """What a model is worth: written again when more is measured, so without digests in the manifest."""
+DATASET = "synthetic.safetensors"
+"""The examples of a distilled data set."""
+OTHER_KINDS = {
+    "dataset": "a distilled data set", "trajectory": "a trajectory of an expert",
+    "adapter": "an adapter beside its base",
+}  # fmt: skip
+"""What a directory may be instead of a model, by the `kind` of its manifest."""
 
 
 def reached(point: str) -> None:
@@ -173,12 +180,12 @@ def write_bytes(path: Path, content: bytes) -> None:
         os.close(descriptor)
 
 
-def write_atomically(path: Path, text: str) -> None:
+def write_atomically(path: Path, content: str | bytes) -> None:
     """Replace one small file; a reader sees the old text or the new, also after a crash of the machine."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
     try:
-        write_bytes(temporary, text.encode())
+        write_bytes(temporary, content.encode() if isinstance(content, str) else content)
         _sync(temporary)
         temporary.replace(path)
         _sync(path.parent)

@@ -7,11 +7,15 @@ then on only they tell where a key came from. Slots of a head stay in the order 
 The nodes of a step are *staged* in the slots behind the committed ones. They become permanent when `commit`
 names them; what it does not name is overwritten by the next step. So nothing is ever rolled back after an
 eviction.
+
+A *block* is a copy of a few adjacent committed tokens of a whole row. It outlives the row, for others that
+begin with the same tokens.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -142,7 +146,7 @@ class LayerCache:
 class RowCache:
     """What one request holds in all layers of this runner."""
 
-    __slots__ = ("committed", "layers", "lengths_LG", "reserved", "room", "tally", "version")
+    __slots__ = ("bytes", "committed", "layers", "lengths_LG", "reserved", "room", "tally", "version")
 
     def __init__(self, layers: list[LayerCache], reserved: int) -> None:
         self.layers = layers
@@ -156,6 +160,8 @@ class RowCache:
         """Attention that the slots have received, where a policy wants to know."""
         self.version = 0
         """Grows whenever something of this row lies elsewhere than before."""
+        self.bytes = 0
+        """Of its keys and values, with the room behind them."""
         self.measure()
 
     @property
@@ -164,9 +170,10 @@ class RowCache:
         return self.lengths_LG is None
 
     def measure(self) -> None:
-        """Find out how many slots are `room`: free behind the fullest head of any layer."""
+        """Find out how many slots are `room`, free behind the fullest head of any layer, and the `bytes`."""
         free = (layer.capacity - layer.used(self.committed) for layer in self.layers)
         self.room = min(free, default=self.reserved)
+        self.bytes = sum(layer.extent.nbytes for layer in self.layers)
         self.version += 1
 
     def ragged(self) -> None:
@@ -185,10 +192,18 @@ class RowCache:
 class KVCache:
     """All rows of a runner. `shapes` gives (KV heads, head width) per layer."""
 
+    keeps_blocks: ClassVar[bool] = True
+
     def __init__(self, shapes: Sequence[tuple[int, int]], dtype: torch.dtype, budget: int) -> None:
         self.shapes = list(shapes)
         self.pool = ExtentPool(budget, dtype)
         self.rows: dict[int, RowCache] = {}
+        self.blocks: dict[int, list[Tensor]] = {}
+        """By number: (2, G, T, K) of each layer."""
+        self.kept: dict[int, int] = {}
+        """Tokens of each block."""
+        self.slots_kept = 0
+        """Slots that blocks take."""
         self.bytes_per_slot = sum(2 * g * k * dtype.itemsize for g, k in self.shapes)
 
     @property
@@ -206,21 +221,51 @@ class KVCache:
 
     @property
     def bytes_in_use(self) -> int:
+        """Of rows and blocks."""
         return self.pool.bytes_in_use
+
+    @property
+    def bytes_kept(self) -> int:
+        return self.slots_kept * self.bytes_per_slot
 
     def open(self, row: int, slots: int) -> None:
         """Begin a row that never holds more than `slots`, rounded up to a size class."""
         slots = size_class(slots)
         if row in self.rows:
             raise ValueError(f"request row {row} is in use")
-        if self.slots_reserved + slots > self.slots:
-            raise ValueError(f"row {row} reserves {slots} slots, {self.slots - self.slots_reserved} are free")
+        free = self.slots - self.slots_reserved - self.slots_kept
+        if slots > free:
+            raise ValueError(f"row {row} reserves {slots} slots, {free} are free")
         layers = [LayerCache(self.pool.take(g, SMALLEST, k)) for g, k in self.shapes]
         self.rows[row] = RowCache(layers, slots)
 
     def release(self, row: int) -> None:
         for layer in self.rows.pop(row).layers:
             self.pool.give(layer.extent)
+
+    def keep(self, block: int, row: int, start: int, stop: int) -> None:
+        """Copy committed tokens of a whole row into a new block."""
+        copies = [self.pool.take(g, stop - start, k) for g, k in self.shapes]
+        torch._foreach_copy_(copies, [layer.extent[:, :, start:stop] for layer in self.rows[row].layers])
+        self.blocks[block], self.kept[block] = copies, stop - start
+        self.slots_kept += stop - start
+
+    def drop(self, block: int) -> None:
+        """Give a block back, if it is there."""
+        for extent in self.blocks.pop(block, ()):
+            self.pool.give(extent)
+        self.slots_kept -= self.kept.pop(block, 0)
+
+    def reuse(self, row: int, blocks: Sequence[int]) -> None:
+        """Copy blocks, one after the other, behind the committed tokens of a whole row, and commit them."""
+        cache = self.rows[row]
+        self.make_room(row, sum(self.kept[block] for block in blocks))
+        for block in blocks:
+            start, stop = cache.committed, cache.committed + self.kept[block]
+            ours = [layer.extent[:, :, start:stop] for layer in cache.layers]
+            torch._foreach_copy_(ours, self.blocks[block])
+            cache.committed = stop
+            cache.room -= stop - start
 
     def make_room(self, row: int, tokens: int) -> None:
         """Make sure `tokens` nodes can be staged in every layer of `row`."""
@@ -249,6 +294,17 @@ class KVCache:
             cache.lengths_LG += len(path)
         cache.committed += len(path)
         cache.room -= len(path)
+
+    def positions(self, row: int) -> list[list[Tensor]]:
+        """int32, per layer and head: the positions of the committed slots."""
+        committed = self.rows[row].committed
+        found = []
+        for layer in self.rows[row].layers:
+            heads = layer.extent.shape[1]
+            lengths = [committed] * heads if layer.lengths is None else layer.lengths.tolist()
+            positions_GS = layer.positions(max(lengths))
+            found.append([positions_GS[g, :length] for g, length in enumerate(lengths)])
+        return found
 
     def retain(self, row: int, layer: int, keep_GS: Tensor, spare: int = 0) -> None:
         """Cut one layer to the slots where `keep_GS` (bool, S the fullest head) holds, in their order.
@@ -286,8 +342,10 @@ class KVCache:
         """Put an extent for `slots` slots in the place of an empty layer's."""
         store = self.rows[row].layers[layer]
         groups, width = self.shapes[layer]
+        self.rows[row].bytes -= store.extent.nbytes
         self.pool.give(store.extent)
         store.place(self.pool.take(groups, size_class(slots), width))
+        self.rows[row].bytes += store.extent.nbytes
         if store.positions_GC is not None:
             store.positions_GC = torch.arange(store.capacity, dtype=torch.int32).repeat(groups, 1)
         return store.extent

@@ -25,6 +25,7 @@ from axicon.model.decoder import Decoder
 from axicon.model.foreign import SCHEMES, translate
 from axicon.model.formats import Packing, global_name, install, read_packing
 from axicon.model.machine import available_memory
+from axicon.model.masks import MASK
 from axicon.model.packed import PackedLinear
 from axicon.model.shape import ModelShape
 from axicon.model.shards import Stored, open_weights, weight_files
@@ -33,6 +34,7 @@ from axicon.model.weights import (
     as_placed,
     head_name,
     ignorable,
+    install_masks,
     set_tensor,
     tensor_at,
     weight_map,
@@ -87,16 +89,21 @@ def shape_of(path: str | Path) -> ModelShape:
 
 
 def load(
-    path: str | Path, *, dtype: torch.dtype | None = torch.bfloat16, blocks: range | None = None
+    path: str | Path,
+    *,
+    dtype: torch.dtype | None = torch.bfloat16,
+    blocks: range | None = None,
+    masks: bool = False,
 ) -> Decoder:
     """Read a model, or some of its blocks, into memory once. Products that are stored packed stay packed.
 
-    `dtype` is that of everything dense; None keeps the stored one. Files are mapped and copied tensor by
+    `dtype` is that of everything dense; None keeps the stored one. With `masks`, pruned products have theirs
+    (`axicon.model.masks`), which only what changes weights needs. Files are mapped and copied tensor by
     tensor into the decoder's own memory, so there is never a second copy of the model. Raises AxiconError for
     a missing, unexpected, misshapen or non-finite tensor, for digests that differ from the manifest, and when
     memory would not suffice.
     """
-    plan = _plan(path, dtype, blocks)
+    plan = _plan(path, dtype, blocks, masks)
     _fill(plan)
     _check_tied(plan)
     return plan.decoder.eval()
@@ -104,12 +111,12 @@ def load(
 
 def check(path: str | Path, *, dtype: torch.dtype | None = torch.bfloat16) -> ModelShape:
     """Raise what `load` would, as far as headers tell: names, shapes, digests, memory. No weight is read."""
-    return _plan(path, dtype, None).decoder.shape
+    return _plan(path, dtype, None, True).decoder.shape
 
 
 def check_headers(folder: Path) -> None:
     """Raise what `load` would of names, shapes and formats, whatever the digests are and on any machine."""
-    _read(folder, {}, None)
+    _read(folder, {}, None, True)
 
 
 def packed_formats(path: str | Path) -> tuple[str, ...]:
@@ -120,6 +127,12 @@ def packed_formats(path: str | Path) -> tuple[str, ...]:
     if _is_foreign(safety.read_json(folder / "config.json")):
         stored = open_weights(folder, {})
     return tuple(sorted({one.format for one in _packing(folder, shape_of(folder), stored)[0].values()}))
+
+
+def is_pruned(path: str | Path) -> bool:
+    """Whether products of a model have masks. Reads headers."""
+    decoder = _read(resolve(path), {}, None, True)[0]
+    return any(MASK in module._buffers for module in decoder.modules())
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,10 +149,10 @@ class _Plan:
     """Tensors whose manifest declares NaN or infinite values."""
 
 
-def _plan(path: str | Path, dtype: torch.dtype | None, blocks: range | None) -> _Plan:
+def _plan(path: str | Path, dtype: torch.dtype | None, blocks: range | None, masks: bool) -> _Plan:
     folder = resolve(path)
     manifest = read_manifest(folder) or {}
-    decoder, stored, places = _read(folder, manifest, blocks)
+    decoder, stored, places = _read(folder, manifest, blocks, masks)
     if dtype is None:
         dense = (stored[name].entry.dtype for name, place in places.items() if place.dtype is None)
         dtype = next(dense, torch.bfloat16)
@@ -148,7 +161,7 @@ def _plan(path: str | Path, dtype: torch.dtype | None, blocks: range | None) -> 
 
 
 def _read(
-    folder: Path, manifest: Mapping[str, Any], blocks: range | None
+    folder: Path, manifest: Mapping[str, Any], blocks: range | None, masks: bool
 ) -> tuple[Decoder, Mapping[str, Stored], Mapping[str, Place]]:
     """A decoder without memory, what the files hold, and what goes where; names, shapes, dtypes are checked.
     """
@@ -158,7 +171,9 @@ def _read(
         decoder = Decoder(shape, blocks)
     try:
         install(decoder, packing)
-        whole = whole_map(shape, packing)
+        if masks:
+            install_masks(decoder, stored)
+        whole = whole_map(shape, packing, stored)
     except AxiconError as e:
         raise AxiconError(f"{folder}: {e}") from e
     places = weight_map(decoder)

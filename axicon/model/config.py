@@ -51,6 +51,8 @@ class Reader:
             "sliding_window", "use_sliding_window", "max_window_layers", "layer_types",
             "rope_theta", "rope_scaling", "rope_parameters", "rope_interleaved", "partial_rotary_factor",
             "quantization_config",  # axicon's own: read by `axicon.model.formats`
+            "slicing",  # the same, by `axicon.model.slicing`
+            "attention_variant",  # the same, by `axicon.model.variant`
         }
         if config.get("quantization_config"):
             method = config["quantization_config"]

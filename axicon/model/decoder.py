@@ -12,14 +12,14 @@ format, an adapter or a gate replaces the attribute and nothing else.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from axicon.model.attention import VARIANTS, dense_attention
+from axicon.model.attention import HeadGate, dense_attention
 from axicon.model.shape import BlockShape, ModelShape, NormKind, Rope
 
 Attend = Callable[["Block", Tensor, Tensor, Tensor], Tensor]
@@ -104,13 +104,13 @@ def rotate(x_NHK: Tensor, rotary: Rotary) -> Tensor:
 
 
 class Block(nn.Module):
-    """One layer. What multiplies: `qkv`, `out`, `gate_up` or `up`, `down`, and shortcuts if there are any."""
+    """One layer. What multiplies: `qkv`, `out`, `gate_up` or `up`, `down`, and shortcuts if there are any;
+    `head_gate` opens and shuts its heads if they have gates.
+    """
 
     def __init__(self, shape: ModelShape, index: int) -> None:
         super().__init__()
         s: BlockShape = shape.blocks[index]
-        if s.attention not in VARIANTS:
-            raise ValueError(f"attention variant {s.attention!r}, known are {', '.join(VARIANTS)}")
         if s.parallel and (s.attention_shortcut or s.mlp_shortcut or not shape.norm_first):
             raise ValueError("a parallel block has its norms first and no shortcuts")
         self.shape, self.index, self.rope = s, index, shape.rope
@@ -132,6 +132,9 @@ class Block(nn.Module):
         self.attention_shortcut = (
             nn.Linear(s.width_in, s.width_middle, bias=False) if s.attention_shortcut else None)
         self.mlp_shortcut = nn.Linear(s.width_middle, s.width_out, bias=False) if s.mlp_shortcut else None
+        self.head_gate = HeadGate(s.attention, s.width_in, s.heads) if s.attention.gated else None
+        self.prefix: nn.ParameterList | None = None
+        """Keys and values (P, G, K) that every token sees, made by an adapter; in whole sequences only."""
 
     def forward(self, x_ND: Tensor, rotary: Rotary | None, attend: Attend) -> Tensor:
         """Residual stream in (N, width_in) and out (N, width_out)."""
@@ -158,6 +161,8 @@ class Block(nn.Module):
         if rotary is not None:
             qk = rotate(qk, rotary)
         o_NHK = attend(self, qk[:, :heads], qk[:, heads:], v_NGK)
+        if self.head_gate is not None:
+            o_NHK = o_NHK * self.head_gate(x_ND)[..., None]
         return cast(Tensor, self.out(o_NHK.reshape(len(x_ND), heads * self.shape.head_width)))
 
     def mlp(self, x_ND: Tensor) -> Tensor:
@@ -200,6 +205,9 @@ class Decoder(nn.Module):
             self.lm_head = nn.Linear(shape.head_width, shape.vocab, bias=shape.head_bias)
             if shape.tie_head and self.has_embedding:
                 self.lm_head.weight = self.embed_tokens.weight
+        self.prompt: nn.Parameter | None = None
+        """Embeddings (P, embedding_width) before those of the tokens, made by an adapter; in whole sequences
+        only, at positions 0 .. P - 1."""
         self._frequencies: Tensor | None = None
 
     @property
@@ -214,6 +222,10 @@ class Decoder(nn.Module):
     def embed(self, tokens_N: Tensor, positions_N: Tensor) -> Tensor:
         """(N, width) at the first block. Positions are 0 .. max_positions - 1."""
         x = self.embed_tokens(tokens_N)
+        if self.prompt is not None:
+            last = len(self.prompt) - 1
+            virtual_ND = self.prompt[positions_N.clamp(max=last)].to(x.dtype)
+            x = torch.where((positions_N <= last)[:, None], virtual_ND, x)
         if self.project_in is not None:
             x = self.project_in(x)
         if self.shape.rope is None:
@@ -249,17 +261,38 @@ class Decoder(nn.Module):
             x_ND = self.project_out(x_ND)
         return cast(Tensor, self.lm_head(x_ND).float())
 
-    def logits(self, tokens_BT: Tensor) -> Tensor:
-        """float32 (B, T, V) of whole sequences, causal, no cache.
+    def states(self, tokens_BT: Tensor, lengths: Sequence[int] | None = None) -> Tensor:
+        """(B, T, width_out) of whole sequences, causal, no cache; `head` makes logits of any rows of it.
 
         Every row begins at position 0. There is no padding mask: pad on the right and drop what pads predict.
+        With `lengths`, tokens from there on cost nothing and get zeros.
         """
+        if self.prompt is not None:
+            virtual = len(self.prompt)
+            longer = None if lengths is None else [n + virtual for n in lengths]
+            return self._states(F.pad(tokens_BT, (virtual, 0)), longer)[:, virtual:]
+        return self._states(tokens_BT, lengths)
+
+    def _states(self, tokens_BT: Tensor, lengths: Sequence[int] | None) -> Tensor:
         batch, length = tokens_BT.shape
-        if length > self.shape.max_positions:
-            raise ValueError(f"{length} tokens, the model knows {self.shape.max_positions} positions")
-        positions_N = torch.arange(length, device=tokens_BT.device).repeat(batch)
-        x_ND = self(tokens_BT.reshape(-1), positions_N, dense_attend(batch))
-        return self.head(x_ND).view(batch, length, -1)
+        prefix = cast(Block, self.blocks[0]).prefix
+        first = 0 if prefix is None else len(prefix[0])
+        if first + length > self.shape.max_positions:
+            raise ValueError(f"{first + length} tokens, the model knows {self.shape.max_positions} positions")
+        positions_T = torch.arange(length, device=tokens_BT.device)
+        if lengths is None or min(lengths) == length:
+            x_ND = self(tokens_BT.reshape(-1), first + positions_T.repeat(batch), dense_attend(batch))
+            return x_ND.view(batch, length, -1)
+        real_BT = positions_T < torch.tensor(lengths, device=tokens_BT.device)[:, None]
+        positions_N = first + positions_T.expand(batch, length)[real_BT]
+        x_ND = self(tokens_BT[real_BT], positions_N, packed_attend(lengths))
+        x_BTD = x_ND.new_zeros(batch, length, x_ND.shape[-1])
+        return x_BTD.masked_scatter(real_BT[..., None], x_ND)
+
+    def logits(self, tokens_BT: Tensor) -> Tensor:
+        """float32 (B, T, V) of whole sequences, as `states`."""
+        x_BTD = self.states(tokens_BT)
+        return self.head(x_BTD.flatten(0, 1)).view(*tokens_BT.shape, -1)
 
 
 def dense_attend(batch: int) -> Attend:
@@ -267,6 +300,28 @@ def dense_attend(batch: int) -> Attend:
 
     def attend(block: Block, q_NHK: Tensor, k_NGK: Tensor, v_NGK: Tensor) -> Tensor:
         q, k, v = (x.view(batch, -1, *x.shape[1:]) for x in (q_NHK, k_NGK, v_NGK))
-        return dense_attention(q, k, v, block.scale, block.window).flatten(0, 1)
+        return _prefixed(block, q, k, v).flatten(0, 1)
+
+    return attend
+
+
+def _prefixed(block: Block, q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor) -> Tensor:
+    """Attention of whole sequences behind the block's prefix, if it has one."""
+    if block.prefix is None:
+        return dense_attention(
+            q_BTHK, k_BTGK, v_BTGK, block.scale, block.window, variant=block.variant)
+    lead = [x.to(k_BTGK.dtype).expand(len(q_BTHK), *x.shape) for x in block.prefix]
+    k, v = (torch.cat(pair, dim=1) for pair in zip(lead, (k_BTGK, v_BTGK), strict=True))
+    return dense_attention(
+        q_BTHK, k, v, block.scale, block.window, before=len(block.prefix[0]), variant=block.variant)
+
+
+def packed_attend(lengths: Sequence[int]) -> Attend:
+    """`attend` over whole sequences of these lengths that lie one after the other in the rows of a step."""
+    sizes = list(lengths)
+
+    def attend(block: Block, q_NHK: Tensor, k_NGK: Tensor, v_NGK: Tensor) -> Tensor:
+        parts = zip(*(torch.split(x[None], sizes, 1) for x in (q_NHK, k_NGK, v_NGK)), strict=True)
+        return torch.cat([_prefixed(block, q, k, v)[0] for q, k, v in parts])
 
     return attend

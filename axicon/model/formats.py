@@ -26,9 +26,10 @@ from axicon.model.decoder import Decoder
 from axicon.model.group_int import GroupIntLinear
 from axicon.model.int8 import Int8Linear
 from axicon.model.packed import PackedLinear, Setting
+from axicon.model.tiled_sparse import TiledSparseLinear
 
 FORMATS: dict[str, type[PackedLinear]] = {
-    cls.format: cls for cls in (Int8Linear, GroupIntLinear, BinaryCodeLinear)
+    cls.format: cls for cls in (Int8Linear, GroupIntLinear, BinaryCodeLinear, TiledSparseLinear)
 }
 
 METHOD = "axicon"

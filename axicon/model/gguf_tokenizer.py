@@ -7,6 +7,7 @@ splitting gives wrong tokens silently.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +30,7 @@ SPLITTINGS = {
     "qwen2": (_WORDS.replace("{1,%d}", ""), False, False),
     "llama-bpe": (_WORDS % 3, False, True),
 }
-_CONTROL, _USER = 3, 4
+_NORMAL, _CONTROL, _USER, _UNUSED = 1, 3, 4, 5
 """Token types: special tokens, and tokens added by the user that are matched whole but shown."""
 
 
@@ -66,7 +67,7 @@ def write_tokenizer(file: GGUFFile, folder: Path, *, positions: int) -> None:
 
 def _byte_level(file: GGUFFile) -> Tokenizer:
     """Byte-pair encoding over bytes, as GPT-2 introduced it."""
-    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
+    from tokenizers import AddedToken, Tokenizer, decoders, models, processors
 
     fields = file.fields
     label = fields.get("tokenizer.ggml.pre", "missing")
@@ -74,7 +75,7 @@ def _byte_level(file: GGUFFile) -> Tokenizer:
         raise AxiconError(
             f"{file.path}: tokenizer.ggml.pre {label!r} is not built in; known are {', '.join(SPLITTINGS)}. "
             "Take the model as safetensors, with its own tokenizer.json")
-    regex, digits, whole_words = SPLITTINGS[label]
+    whole_words = SPLITTINGS[label][2]
     tokens, kinds = fields["tokenizer.ggml.tokens"], fields.get("tokenizer.ggml.token_type")
     merges = [tuple(m.split(" ")) for m in fields.get("tokenizer.ggml.merges", [])]
     vocabulary = {token: i for i, token in enumerate(tokens)}
@@ -84,11 +85,7 @@ def _byte_level(file: GGUFFile) -> Tokenizer:
         tokenizer = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=whole_words))
     except Exception as e:  # tokenizers raises a bare Exception for a merge of unknown tokens
         raise AxiconError(f"{file.path}: the tokenizer contradicts itself ({e})") from e
-    steps: list[Any] = [pre_tokenizers.Digits(individual_digits=True)] if digits else []
-    if regex is not None:
-        steps.append(pre_tokenizers.Split(Regex(regex), "isolated"))
-    steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=regex is None))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
+    tokenizer.pre_tokenizer = _splitting(label)
     tokenizer.decoder = decoders.ByteLevel()
     for token, kind in zip(tokens, kinds, strict=True):
         if kind == _CONTROL:
@@ -101,6 +98,69 @@ def _byte_level(file: GGUFFile) -> Tokenizer:
             single=f"{tokens[first]} $A", pair=f"{tokens[first]} $A {tokens[first]} $B",
             special_tokens=[(tokens[first], first)])
     return tokenizer
+
+
+def _splitting(label: str) -> Any:
+    """Of text into words."""
+    from tokenizers import Regex, pre_tokenizers
+
+    regex, digits, _ = SPLITTINGS[label]
+    steps: list[Any] = [pre_tokenizers.Digits(individual_digits=True)] if digits else []
+    if regex is not None:
+        steps.append(pre_tokenizers.Split(Regex(regex), "isolated"))
+    steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=regex is None))
+    return pre_tokenizers.Sequence(steps)
+
+
+def tokenizer_fields(folder: Path, vocabulary: int) -> dict[str, Any]:
+    """The way back: GGUF's fields for the tokenizer of a directory and a model of so many ids.
+
+    Raises AxiconError for a tokenizer that GGUF has no name for here.
+    """
+    from axicon.model.checkpoint import load_tokenizer
+
+    content = safety.read_json(folder / "tokenizer.json")
+    model = content.get("model") or {}
+    label = next((one for one in SPLITTINGS if _like(one, content)), None)
+    normal = (content.get("normalizer") or {}).get("type")
+    if model.get("type") != "BPE" or label is None or normal not in (None, "NFC"):
+        raise AxiconError(
+            f"{folder / 'tokenizer.json'}: a tokenizer that cannot be written into a GGUF file here; known "
+            f"are byte-level ones that split text as {', '.join(SPLITTINGS)} do")
+    tokens, kinds = [f"[PAD{i}]" for i in range(vocabulary)], [_UNUSED] * vocabulary
+    for token, number in model["vocab"].items():
+        if number < vocabulary:
+            tokens[number], kinds[number] = token, _NORMAL
+    for added in content.get("added_tokens", ()):
+        if added["id"] < vocabulary:
+            tokens[added["id"]] = added["content"]
+            kinds[added["id"]] = _CONTROL if added["special"] else _USER
+    tokenizer: Any = load_tokenizer(folder)
+    fields: dict[str, Any] = {
+        "model": "gpt2", "pre": label, "tokens": tokens, "token_type": kinds,
+        "merges": [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]],
+    }  # fmt: skip
+    for role, field in {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}.items():
+        number = getattr(tokenizer, f"{role}_token_id")
+        if number is not None and number < vocabulary:  # transformers adds some that the model has no row for
+            fields[f"{field}_token_id"] = number
+    fields["add_bos_token"] = tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]
+    template = {"tokenizer.chat_template": tokenizer.chat_template} if tokenizer.chat_template else {}
+    return {f"tokenizer.ggml.{name}": value for name, value in fields.items()} | template
+
+
+def _like(label: str, content: dict[str, Any]) -> bool:
+    """Whether a tokenizer.json splits text as the label says."""
+    named = json.loads(_splitting(label).__getstate__())
+    whole_words = bool((content.get("model") or {}).get("ignore_merges"))
+    return whole_words == SPLITTINGS[label][2] and _steps(content.get("pre_tokenizer")) == _steps(named)
+
+
+def _steps(splitting: dict[str, Any] | None) -> list[Any]:
+    """What of a splitting decides tokens."""
+    found = splitting or {}
+    steps = found.get("pretokenizers", [found])
+    return [{key: value for key, value in step.items() if key != "trim_offsets"} for step in steps]
 
 
 def _sentencepiece(file: GGUFFile) -> Tokenizer:

@@ -75,6 +75,9 @@ class Int8Linear(PackedLinear):
         added = None if bias is None else torch.empty(outputs, dtype=bias)
         return cls(weight, absmax.float(), added, *map(float, limits))
 
+    def release(self) -> None:
+        self._product = None
+
     def unpack(self) -> Tensor:
         return self.qweight.float() * (self.absmax / 127.0)[:, None]
 

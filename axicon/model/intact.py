@@ -8,7 +8,8 @@ from typing import Any
 
 from axicon.errors import AxiconError
 from axicon.model import checkpoint, safety
-from axicon.model.artefact import MANIFEST, MEASURED, read_manifest, sha256
+from axicon.model.artefact import MANIFEST, MEASURED, OTHER_KINDS, read_manifest, sha256
+from axicon.model.tensorfile import TensorFile
 
 AGAIN = "copy it again from where the model came from, or make the model again"
 READ = (".safetensors", ".json", ".jinja", ".txt")
@@ -35,6 +36,10 @@ def problems(folder: Path) -> list[Problem]:
     if found:
         return found  # what headers say of a damaged file is the same once more
     try:
+        if manifest is not None and manifest.get("kind") in OTHER_KINDS:
+            for path in folder.glob("*.safetensors"):
+                TensorFile(path)
+            return found
         safety.check_folder(folder)
         checkpoint.check_headers(folder)
     except AxiconError as e:
@@ -51,6 +56,14 @@ def problem_of(folder: Path, error: AxiconError) -> Problem:
         name, rest = ".", text
     what, semicolon, do = rest.rpartition("; ")
     return Problem(name, what, do) if semicolon else Problem(name, rest, AGAIN)
+
+
+def changed_files(folder: Path) -> list[Problem]:
+    """The same of any directory with a manifest, whatever it holds. Raises AxiconError as `read_manifest`."""
+    manifest = read_manifest(folder)
+    if manifest is None:
+        return [Problem(MANIFEST, "is missing", AGAIN)]
+    return _files(folder, manifest)
 
 
 def _files(folder: Path, manifest: dict[str, Any]) -> list[Problem]:

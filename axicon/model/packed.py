@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 import torch.nn.functional as F
@@ -45,6 +45,9 @@ class PackedLinear(nn.Module, ABC):
     def check(self) -> None:
         """Called once the buffers hold what a file says. Raises ValueError for values that mean nothing."""
 
+    def release(self) -> None:
+        """Forget what was made of the buffers to multiply by: they are about to hold something else."""
+
     @property
     def runs_as(self) -> str:
         """The format, and what it is turned into to be multiplied where that takes other memory."""
@@ -57,6 +60,13 @@ class PackedLinear(nn.Module, ABC):
     def forward(self, x: Tensor) -> Tensor:
         """(N, I) to (N, O) in the dtype of x."""
         return F.linear(x, self.unpack().to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """`forward`, through which gradients pass as through the weight it stands for."""
+        if torch.is_grad_enabled() and x.requires_grad:
+            y: Tensor = _StraightThrough.apply(x, self)
+            return y
+        return super().__call__(x)
 
     def why_not_native(self) -> str | None:
         """Why the C++ step cannot run this product, in words that follow its name; None where it can."""
@@ -75,6 +85,20 @@ class PackedLinear(nn.Module, ABC):
     @abstractmethod
     def shard(self, rank: int, world: int, dim: Literal["out", "in"]) -> Self:
         """The part of one rank. Raises ValueError where the dimension does not divide."""
+
+
+class _StraightThrough(torch.autograd.Function):
+    """Rounding of activations has no gradient, and kernels have none either; the unpacked weight has."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, product: PackedLinear) -> Tensor:
+        ctx.product = product
+        return product(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        [grad] = grads
+        return grad @ ctx.product.unpack().to(grad.dtype), None
 
 
 def slice_of(size: int, rank: int, world: int) -> slice:

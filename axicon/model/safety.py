@@ -42,6 +42,11 @@ def check_folder(folder: Path) -> None:
     Raises AxiconError naming the file and the way out. Reads `config.json` and `tokenizer_config.json` only.
     """
     if not (folder / "config.json").is_file():
+        if (folder / "adapter_config.json").is_file():
+            raise AxiconError(
+                f"{folder}: an adapter beside a model, which can be served and evaluated and nothing else; "
+                "finetune with output=merged for a model"
+            )
         raise AxiconError(
             f"{folder}: no config.json in it; a model directory holds config.json and safetensors")
     root = _link_root(folder)

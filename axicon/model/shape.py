@@ -14,7 +14,9 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from axicon.errors import AxiconError
+from axicon.model import slicing, variant
 from axicon.model.config import MOST_LAYERS, Reader, refuse_architecture
+from axicon.model.variant import PLAIN, AttentionVariant
 
 Activation = Literal["silu", "relu", "gelu", "gelu_tanh"]
 NormKind = Literal["rms", "layer"]
@@ -60,8 +62,7 @@ class BlockShape:
     mlp_bias: bool = False
     qk_norm: bool = False
     """RMS norm over each query and key head before the rotation (Qwen3)."""
-    attention: str = "plain"
-    """Variant of the attention function, a key of `axicon.model.attention.VARIANTS`."""
+    attention: AttentionVariant = PLAIN
     window: int | None = None
     """Sliding window: position p sees p - window + 1 .. p. None sees everything before it."""
     parallel: bool = False
@@ -111,6 +112,8 @@ class ModelShape:
     position_offset: int = 0
     """Row of the learned positions that belongs to position 0 (2 in OPT)."""
     head_bias: bool = False
+    input_projection: bool = False
+    """Between embedding and first block, also where their widths are equal."""
     tie_head: bool
     bos_id: int | None = None
     eos_ids: tuple[int, ...] = ()
@@ -128,11 +131,20 @@ class ModelShape:
 
     @property
     def project_in(self) -> bool:
-        return self.embedding_width != self.blocks[0].width_in
+        return self.input_projection or self.embedding_width != self.blocks[0].width_in
 
     @property
     def project_out(self) -> bool:
         return self.head_width != self.blocks[-1].width_out
+
+    @property
+    def only_here(self) -> str | None:
+        """What of it no other program knows, in words that follow "the model"; None where some could read it.
+        """
+        varied = next((b.attention for b in self.blocks if not b.attention.plain), None)
+        if any(b.attention_shortcut for b in self.blocks):
+            return "is sliced, with shortcuts around attention and MLP"
+        return None if varied is None else f"has {varied}"
 
     @staticmethod
     def from_config(config: Mapping[str, Any], generation: Mapping[str, Any] | None = None) -> ModelShape:
@@ -145,7 +157,9 @@ class ModelShape:
         build = ARCHITECTURES.get(architecture) if isinstance(architecture, str) else None
         if build is None:
             raise refuse_architecture(architecture, list(ARCHITECTURES))
-        return build(Reader(config, generation or {}))
+        shape = build(Reader(config, generation or {}))
+        shape = variant.read(shape, config[variant.KEY]) if variant.KEY in config else shape
+        return slicing.read(shape, config[slicing.KEY]) if slicing.KEY in config else shape
 
 
 def _opt(c: Reader) -> ModelShape:

@@ -17,15 +17,25 @@ from torch import Tensor
 class Tally:
     """float32, per layer, KV head and slot; sums over the query heads of a group.
 
-    last: keep the attention of the newest committed query instead of the sum over all. every: adjacent nodes
+    last: keep the attention of the newest committed query instead of the sum over all. decay: what is left of
+    the sum when the next query is counted. every: adjacent nodes
     of a step that share one entry, for prompts, whose nodes all stay.
     """
 
-    __slots__ = ("every", "last", "staged_LGNC", "sums_LGC")
+    __slots__ = ("decay", "every", "last", "staged_LGNC", "sums_LGC")
 
     def __init__(
-        self, layers: int, groups: int, slots: int, *, nodes: int = 1, every: int = 1, last: bool = False
+        self,
+        layers: int,
+        groups: int,
+        slots: int,
+        *,
+        nodes: int = 1,
+        every: int = 1,
+        last: bool = False,
+        decay: float = 1.0,
     ) -> None:
+        self.decay = decay
         self.every, self.last = every, last
         self.sums_LGC = torch.zeros(layers, groups, slots)
         self.staged_LGNC = torch.zeros(layers, groups, -(-nodes // every), slots)
@@ -46,6 +56,8 @@ class Tally:
             self.sums_LGC.copy_(self.staged_LGNC[:, :, path[-1]])
             return
         for node in path:
+            if self.decay != 1.0:
+                self.sums_LGC *= self.decay
             self.sums_LGC += self.staged_LGNC[:, :, node]
 
     def retain(self, layer: int, head: int, kept: Tensor) -> None:

@@ -6,7 +6,7 @@ so are the buffers of packed products, which keep the decoder's own names.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from axicon.model.decoder import Decoder
 from axicon.model.formats import Packing, global_name, install
+from axicon.model.masks import MASK, have_masks, make_room
 from axicon.model.packed import PackedLinear
 from axicon.model.shape import ModelShape
 
@@ -31,7 +32,10 @@ class Place:
 
 
 MODEL_NAMES = {
-    "llama": {"embed_tokens": "model.embed_tokens", "final_norm": "model.norm", "lm_head": "lm_head"},
+    "llama": {
+        "embed_tokens": "model.embed_tokens", "project_in": "model.project_in", "final_norm": "model.norm",
+        "lm_head": "lm_head",
+    },
     "opt": {
         "embed_tokens": "model.decoder.embed_tokens", "embed_positions": "model.decoder.embed_positions",
         "project_in": "model.decoder.project_in", "project_out": "model.decoder.project_out",
@@ -62,29 +66,35 @@ BLOCK_NAMES = {
         "up": "mlp.dense_h_to_4h", "down": "mlp.dense_4h_to_h",
     },
 }
+OWN_NAMES = {
+    "attention_shortcut": "attention_shortcut", "mlp_shortcut": "mlp_shortcut", "head_gate": "head_gate",
+}
+"""In the blocks of every family: axicon's own, no other program has them."""
 PREFIX = "model."
 """What the bare base model's checkpoint leaves out (facebook/opt-125m does)."""
 
 
 def weight_map(decoder: Decoder) -> dict[str, Place]:
-    """Name in the checkpoint -> place, for every parameter and packed buffer of this decoder (a stage names
-    only its own).
+    """Name in the checkpoint -> place, for every parameter, mask and packed buffer of this decoder (a stage
+    names only its own).
     """
     shape = decoder.shape
     places: dict[str, Place] = {}
-    for parameter, _ in decoder.named_parameters():
+    masks = [name for name, _ in decoder.named_buffers() if name.endswith(f".{MASK}")]
+    for parameter in [*(name for name, _ in decoder.named_parameters()), *masks]:
         module, _, kind = parameter.rpartition(".")
+        dtype = torch.uint8 if kind == MASK else None
         if module.startswith("blocks."):
             _, local, name = module.split(".")
             index = decoder.first + int(local)
             layer = f"{LAYERS[shape.family]}.{index}"
-            names = BLOCK_NAMES[shape.family]
+            names = BLOCK_NAMES[shape.family] | OWN_NAMES
             if name in names:
                 heads = shape.blocks[index].heads if name == "qkv" else None
-                places[f"{layer}.{names[name]}.{kind}"] = Place(parameter, heads=heads)
+                places[f"{layer}.{names[name]}.{kind}"] = Place(parameter, dtype=dtype, heads=heads)
                 continue
             for part, rows in shape.blocks[index].parts(name).items():
-                places[f"{layer}.{names[part]}.{kind}"] = Place(parameter, rows)
+                places[f"{layer}.{names[part]}.{kind}"] = Place(parameter, rows, dtype)
         else:
             # A tied head without the embedding beside it (a last stage) is read from the embedding.
             tied = module == "lm_head" and kind == "weight" and shape.tie_head
@@ -122,12 +132,27 @@ def stored_tensors(decoder: Decoder) -> Iterator[tuple[str, Tensor]]:
     yield from sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0]))
 
 
-def whole_map(shape: ModelShape, packing: Mapping[str, Packing] | None = None) -> dict[str, Place]:
-    """The weight map of the whole model, without memory for it."""
+def whole_map(
+    shape: ModelShape, packing: Mapping[str, Packing] | None = None, names: Container[str] = ()
+) -> dict[str, Place]:
+    """The weight map of the whole model, without memory for it. `names` are those of the stored tensors, for
+    masks among them.
+    """
     with torch.device("meta"):
         decoder = Decoder(shape)
         install(decoder, packing or {})
+        install_masks(decoder, names)
     return weight_map(decoder)
+
+
+def install_masks(decoder: Decoder, names: Container[str]) -> None:
+    """Room for the masks of those products of this decoder that have some among the stored tensors."""
+    for path, module in decoder.named_modules():
+        name = global_name(decoder, path)
+        if not (isinstance(module, nn.Linear) and name.startswith("blocks.")):
+            continue
+        if have_masks(product_names(decoder.shape, name)[0], names):
+            make_room(module)
 
 
 def ignorable(name: str, shape: ModelShape) -> bool:
@@ -144,7 +169,7 @@ def product_names(shape: ModelShape, module: str) -> tuple[list[str], int | None
     if not module.startswith("blocks."):
         return [MODEL_NAMES[shape.family][module]], None
     _, index, name = module.split(".")
-    names, block = BLOCK_NAMES[shape.family], shape.blocks[int(index)]
+    names, block = BLOCK_NAMES[shape.family] | OWN_NAMES, shape.blocks[int(index)]
     layer = f"{LAYERS[shape.family]}.{index}"
     if name in names:
         return [f"{layer}.{names[name]}"], block.heads if name == "qkv" else None

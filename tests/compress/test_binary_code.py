@@ -4,47 +4,21 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor, nn
 
 from axicon.compress.binary_code import BinaryCode
 from axicon.compress.calibration import Calibration
 from axicon.compress.columns import inverse_factor
 from axicon.compress.gptq import GPTQ
 from axicon.compress.grid import Grid, groups_of
-from axicon.compress.moments import Hessian
 from axicon.compress.walk import compress
 from axicon.errors import AxiconError
 from axicon.model.binary_code import BinaryCodeLinear
 from axicon.model.decoder import Decoder
 from axicon.model.shape import ModelShape
-
-
-def linear(weight: Tensor) -> nn.Linear:
-    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
-    layer.weight = nn.Parameter(weight, requires_grad=False)
-    return layer
-
-
-def correlated(seed: int) -> tuple[Tensor, Tensor]:
-    """Inputs of a few directions and noise, channels of very different sizes; weights with long tails."""
-    made = torch.Generator().manual_seed(seed)
-    mixed = torch.randn(512, 8, generator=made) @ torch.randn(8, 64, generator=made)
-    x = (mixed + torch.randn(512, 64, generator=made)) * torch.randn(64, generator=made).exp()
-    squares = torch.randn(48, 64, 4, generator=made).square().sum(-1)
-    return x, torch.randn(48, 64, generator=made) / (squares / 4).sqrt()
-
-
-def hessian(x: Tensor) -> Tensor:
-    found = Hessian(x.shape[1])
-    found.add(x)
-    return found.matrix("x")
-
-
-def error(x: Tensor, weight: Tensor, got: Tensor) -> float:
-    return float((x @ (weight - got).T).square().sum() / (x @ weight.T).square().sum())
-
+from tests.compress.cases import correlated, error, hessian, linear
 
 LOOP = {"compensate": True, "importance": "hessian_diag"}
+ORDERED = LOOP | {"act_order": True}
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -60,11 +34,12 @@ def test_each_step_of_the_way_is_better(bits: int, seed: int) -> None:
     grid = Grid.fit(groups_of(weight, 16), bits, "asymmetric")
     rounded = error(x, weight, grid.round(groups_of(weight, 16)).view_as(weight))
     gptq = error(x, weight, GPTQ(bits=bits, group=16).round(linear(weight), hessian(x)).unpack())
-    plain, weighted, loop = of(), of(importance="hessian_diag"), of(**LOOP)
+    plain, weighted, loop, ordered = of(), of(importance="hessian_diag"), of(**LOOP), of(**ORDERED)
     assert plain < 0.8 * rounded
     assert weighted < 0.8 * plain
     assert loop < 0.7 * weighted
     assert loop < 0.8 * gptq
+    assert ordered < 0.7 * weighted
 
 
 @pytest.mark.parametrize("group", [16, -1])
@@ -95,6 +70,31 @@ def test_the_loop_against_the_equations(block_size: int) -> None:
         want[:, k] = (planes.levels - rest[:, k, None]).abs().argmin(1)
         want[:, k] = planes.levels.gather(1, want[:, k, None].long())[:, 0]
         rest[:, k:] -= ((rest[:, k] - want[:, k]) / factor[k, k])[:, None] * factor[k, k:]
+    assert torch.isclose(got, want, atol=1e-5).float().mean() > 0.99
+    assert error(x, weight, got) == pytest.approx(error(x, weight, want), rel=0.02)
+
+
+@pytest.mark.parametrize("group", [16, -1])
+def test_the_ordered_loop_against_the_equations(group: int) -> None:
+    """Levels of all groups beforehand; then the columns by the size of their inputs, the largest first."""
+    x, weight = correlated(1)
+    x[:, 7] = 0
+    method = BinaryCode(bits=2, group=group, block_size=7, **ORDERED)  # type: ignore[arg-type]
+    got = method.fit(linear(weight), hessian(x)).unpack()
+    weight[:, 7] = 0
+    matrix, width = hessian(x), group if group > 0 else 64
+    planes = method._planes(groups_of(weight, group), method._importance(weight, matrix))
+    levels = planes.levels.view(48, 64 // width, 4)
+    matrix[7, 7] = 1
+    order = matrix.diagonal().argsort(descending=True).tolist()
+    factor = inverse_factor(matrix[order][:, order], 0.01)
+    rest, want = weight.clone(), torch.empty_like(weight)
+    assert factor is not None
+    for place, k in enumerate(order):
+        nearest = (levels[:, k // width] - rest[:, k, None]).abs().argmin(1, keepdim=True)
+        want[:, k] = levels[:, k // width].gather(1, nearest)[:, 0]
+        off = (rest[:, k] - want[:, k]) / factor[place, place]
+        rest[:, order[place:]] -= off[:, None] * factor[place, place:]
     assert torch.isclose(got, want, atol=1e-5).float().mean() > 0.99
     assert error(x, weight, got) == pytest.approx(error(x, weight, want), rel=0.02)
 
@@ -164,6 +164,7 @@ def test_only_some_settings_look_at_data(settings: dict[str, object], needs: boo
     ({"bits": 5}, "bits=5: known are 2, 3 and 4"), ({"rounds": -1}, "at least 0"),
     ({"block_size": 0}, "at least"),
     ({"compensate": True, "importance": "magnitude"}, "none or hessian_diag"),
+    ({"act_order": True}, "needs compensate"),
     ({"rules": {"*": {"rounds": 3}}}, "unknown key 'rounds'"), ({"rules": {"*": {"bits": 8}}}, "bits=8"),
 ])  # fmt: skip
 def test_settings_are_checked(settings: dict[str, object], says: str) -> None:

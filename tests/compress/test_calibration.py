@@ -224,3 +224,9 @@ def test_blocks_of_another_plan_are_removed(tmp_path: Path) -> None:
     assert torch.equal(sample, TOKENS)
     other = Work(tmp_path / "work", {"plan": 2})
     assert (other.done, other.cleared, other.sample()) == (0, True, None)
+
+
+def test_a_sample_of_another_plan_is_no_finished_block(tmp_path: Path) -> None:
+    Work(tmp_path / "work", {"plan": 1}).keep_sample(TOKENS)
+    other = Work(tmp_path / "work", {"plan": 2})
+    assert (other.cleared, other.sample()) == (False, None)

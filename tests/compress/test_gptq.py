@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from axicon.compress import moments
 from axicon.compress.calibration import Calibration
 from axicon.compress.columns import inverse_factor
 from axicon.compress.gptq import GPTQ
@@ -18,31 +19,7 @@ from axicon.errors import AxiconError
 from axicon.model.decoder import Decoder
 from axicon.model.group_int import GroupIntLinear
 from axicon.model.shape import ModelShape
-
-
-def linear(weight: Tensor) -> nn.Linear:
-    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
-    layer.weight = nn.Parameter(weight, requires_grad=False)
-    return layer
-
-
-def correlated(seed: int) -> tuple[Tensor, Tensor]:
-    """Inputs of a few directions and noise, channels of very different sizes; weights with long tails."""
-    made = torch.Generator().manual_seed(seed)
-    mixed = torch.randn(512, 8, generator=made) @ torch.randn(8, 64, generator=made)
-    x = (mixed + torch.randn(512, 64, generator=made)) * torch.randn(64, generator=made).exp()
-    squares = torch.randn(48, 64, 4, generator=made).square().sum(-1)
-    return x, torch.randn(48, 64, generator=made) / (squares / 4).sqrt()
-
-
-def hessian(x: Tensor) -> Tensor:
-    found = Hessian(x.shape[1])
-    found.add(x)
-    return found.matrix("x")
-
-
-def error(x: Tensor, weight: Tensor, got: Tensor) -> float:
-    return float((x @ (weight - got).T).square().sum() / (x @ weight.T).square().sum())
+from tests.compress.cases import correlated, error, hessian, linear
 
 
 def plain(weight: Tensor, bits: int, group: int, kind: Kind = "asymmetric") -> GroupIntLinear:
@@ -180,6 +157,15 @@ def test_batches_add_up_and_copies_change_nothing() -> None:
     assert torch.allclose(want, 2 * x.T @ x / len(x), rtol=1e-5)
     for other in (parts.matrix("x"), twice.matrix("x")):
         assert torch.allclose(other, want, rtol=1e-5, atol=1e-5 * float(want.abs().max()))
+
+
+@pytest.mark.parametrize("strip", [1, 24, 32, 64])
+def test_strips_of_the_hessian_make_the_whole(monkeypatch: pytest.MonkeyPatch, strip: int) -> None:
+    monkeypatch.setattr(moments, "STRIP", strip)
+    x, _ = correlated(10)
+    got = hessian(x)
+    assert torch.equal(got, got.T)
+    assert torch.allclose(got, 2 * x.T @ x / len(x), rtol=1e-5, atol=1e-5 * float(got.abs().max()))
 
 
 def decoder() -> Decoder:

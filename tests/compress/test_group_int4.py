@@ -15,7 +15,7 @@ from axicon.model.decoder import Decoder
 from axicon.model.group_int import GroupIntLinear
 from axicon.model.int8 import Int8Linear
 from axicon.model.shape import ModelShape
-from axicon.recipe import Method
+from axicon.settings import Method
 
 
 def linear(weight: Tensor) -> nn.Linear:

@@ -145,13 +145,10 @@ def test_sequences_of_a_batch_do_not_mix_and_the_future_is_unseen() -> None:
     torch.testing.assert_close(model.logits(TOKENS[:, :11]), whole[:, :11])
 
 
-def test_wrong_ranges_variants_and_lengths_are_refused() -> None:
+def test_wrong_ranges_and_lengths_are_refused() -> None:
     for blocks in (range(0), range(2, 4), range(-1, 2), range(0, 3, 2)):
         with pytest.raises(ValueError, match="not a range of the model's 3 blocks"):
             Decoder(SHAPE, blocks)
-    odd = replace(SHAPE, blocks=(replace(SHAPE.blocks[0], attention="odd"),))
-    with pytest.raises(ValueError, match="attention variant 'odd', known are plain"):
-        Decoder(odd)
     with pytest.raises(ValueError, match="65 tokens, the model knows 64"):
         decoder().logits(torch.zeros(1, 65, dtype=torch.long))
 

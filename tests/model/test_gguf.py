@@ -4,11 +4,8 @@ ask."""
 from __future__ import annotations
 
 import json
-import random
-import struct
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +14,6 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from torch import Tensor
 
 from axicon.errors import AxiconError
 from axicon.model import artefact, interchange
@@ -25,9 +21,8 @@ from axicon.model.checkpoint import load, load_tokenizer, model_id, resolve
 from axicon.model.gguf_file import GGUFFile
 from axicon.model.gguf_tokenizer import SPLITTINGS
 from axicon.model.interchange import config_of, halves_together
+from tests.model.ggufs import LAYERS, interleave, reference, write
 
-WIDTH, HIDDEN, LAYERS, HEADS, KV_HEADS = 64, 96, 2, 4, 2
-F32 = gguf.GGMLQuantizationType.F32
 TOKENS = torch.arange(3, 30)[None]
 
 
@@ -35,92 +30,6 @@ TOKENS = torch.arange(3, 30)[None]
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("AXICON_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
-
-
-def byte_tokens() -> list[str]:
-    """A vocabulary over bytes: specials, the 256 bytes in GPT-2's spelling, a few merges."""
-    from tokenizers.pre_tokenizers import ByteLevel
-
-    words = ["he", "ll", "hell", "hello", "12"]
-    return ["<|end|>", "<|start|>", "<|user|>", *sorted(ByteLevel.alphabet()), *words]
-
-
-MERGES = ["h e", "l l", "he ll", "hell o", "1 2"]
-
-
-def reference(architecture: str, **changes: Any) -> transformers.PreTrainedModel:
-    kind = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3"}[architecture]
-    config = getattr(transformers, f"{kind}Config")(**{
-        "vocab_size": len(byte_tokens()), "hidden_size": WIDTH, "intermediate_size": HIDDEN,
-        "num_hidden_layers": LAYERS, "num_attention_heads": HEADS, "num_key_value_heads": KV_HEADS,
-        "head_dim": WIDTH // HEADS, "max_position_embeddings": 128, "rms_norm_eps": 1e-5,
-        "tie_word_embeddings": True} | changes)
-    torch.manual_seed(5)
-    model = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-            parameter.copy_(parameter.bfloat16())  # what the converted model can hold
-    return model
-
-
-def interleave(rows: Tensor, heads: int) -> Tensor:
-    """llama.cpp's order of query and key rows, written the other way round than the code that undoes it."""
-    return torch.stack([
-        row for head in rows.chunk(heads) for pair in zip(*head.chunk(2), strict=True) for row in pair])
-
-
-def write(
-    path: Path, model: transformers.PreTrainedModel, kind: gguf.GGMLQuantizationType = F32,
-    fields: dict[str, Any] | None = None, pre: str = "smollm", tokenizer: bool = True,
-) -> Path:
-    """The file that llama.cpp's converter would make of a model."""
-    c = model.config
-    arch = c.model_type
-    w = gguf.GGUFWriter(path, arch)
-    w.add_block_count(LAYERS)
-    w.add_context_length(c.max_position_embeddings)
-    w.add_embedding_length(WIDTH)
-    w.add_feed_forward_length(HIDDEN)
-    w.add_head_count(HEADS)
-    w.add_head_count_kv(KV_HEADS)
-    w.add_layer_norm_rms_eps(c.rms_norm_eps)
-    w.add_rope_freq_base(c.rope_parameters["rope_theta"])
-    w.add_key_length(c.head_dim if arch != "qwen2" else WIDTH // HEADS)
-    w.add_string("general.license", "apache-2.0")
-    if tokenizer:
-        w.add_tokenizer_model("gpt2")
-        w.add_tokenizer_pre(pre)
-        w.add_token_list(byte_tokens())
-        w.add_token_types([3, 3, 4] + [1] * (len(byte_tokens()) - 3))
-        w.add_token_merges(MERGES)
-        w.add_bos_token_id(1)
-        w.add_eos_token_id(0)
-        w.add_chat_template("{% for m in messages %}<|start|>{{ m.content }}<|end|>{% endfor %}")
-    for name, value in (fields or {}).items():
-        (w.add_string if isinstance(value, str) else w.add_uint32)(name, value)
-    back = {v: k for k, v in (interchange._BLOCK_TENSORS | interchange._MODEL_TENSORS).items()}
-    for name, tensor in model.state_dict().items():
-        if name == "lm_head.weight" and c.tie_word_embeddings:
-            continue
-        module, _, suffix = name.rpartition(".")
-        if module.startswith("model.layers."):
-            _, _, index, local = module.split(".", 3)
-            target, local = f"blk.{index}.{back[local]}.{suffix}", back[local]
-        else:
-            target, local = f"{back[module]}.{suffix}", ""
-        if arch == "llama" and local in ("attn_q", "attn_k"):
-            tensor = interleave(tensor, HEADS if local == "attn_q" else KV_HEADS)
-        data = tensor.float().numpy()
-        if data.ndim == 2 and kind != F32:
-            w.add_tensor(target, gguf.quants.quantize(data, kind), raw_dtype=kind)
-        else:
-            w.add_tensor(target, data)
-    w.write_header_to_file()
-    w.write_kv_data_to_file()
-    w.write_tensors_to_file()
-    w.close()
-    return path
 
 
 @pytest.mark.parametrize(
@@ -295,79 +204,6 @@ def test_a_sentencepiece_tokenizer(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     ids = tokenizer("hello 漢", add_special_tokens=False).input_ids
     assert pieces.index("▁hello") in ids
     assert tokenizer.decode(ids) == "hello 漢"
-
-
-class TestBounds:
-    """What a file claims is compared with what it has before anything is allocated."""
-
-    @pytest.fixture
-    def good(self, tmp_path: Path) -> bytes:
-        return write(tmp_path / "good.gguf", reference("llama")).read_bytes()
-
-    def refuse(self, content: bytes, message: str, tmp_path: Path) -> None:
-        path = tmp_path / "bad.gguf"
-        path.write_bytes(content)
-        start = time.perf_counter()
-        with pytest.raises(AxiconError, match=message) as error:
-            GGUFFile(path)
-        assert time.perf_counter() - start < 0.5
-        assert str(path) in str(error.value)
-
-    @pytest.mark.parametrize(
-        ("content", "message"),
-        [
-            (b"", "regular file of at least 24 bytes"),
-            (b"GGML" + bytes(40), "does not begin with GGUF"),
-            (b"GGUF" + struct.pack("<IQQ", 1, 0, 0), "version 1"),
-            (b"GGUF" + struct.pack(">IQQ", 3, 0, 0), "big-endian"),
-            (b"GGUF" + struct.pack("<IQQ", 3, 1 << 60, 0), "it claims"),
-            (b"GGUF" + struct.pack("<IQQ", 3, 0, 1 << 60), "it claims"),
-            (b"GGUF" + struct.pack("<IQQQ", 3, 0, 1, 1 << 62), "a name of"),
-            (b"GGUF" + struct.pack("<IQQQ", 3, 0, 1, 100), "it ends at byte"),
-            (b"GGUF" + struct.pack("<IQQQ1sIQ", 3, 0, 1, 1, b"a", 8, 1 << 62), "it ends at byte"),
-            (b"GGUF" + struct.pack("<IQQQ1sIIQ", 3, 0, 1, 1, b"a", 9, 4, 1 << 61), "it ends at byte"),
-            (b"GGUF" + struct.pack("<IQQQ1sIIQ", 3, 0, 1, 1, b"a", 9, 8, 1 << 61), "does not fit"),
-            (b"GGUF" + struct.pack("<IQQQ1sIIQ", 3, 0, 1, 1, b"a", 9, 9, 1), "an array of value type 9"),
-            (b"GGUF" + struct.pack("<IQQQ1sI", 3, 0, 1, 1, b"a", 77), "unknown value type 77"),
-            (b"GGUF" + struct.pack("<IQQQ1sIB", 3, 0, 1, 1, b"\xff", 0, 1), "not UTF-8"),
-            (b"GGUF" + struct.pack("<IQQ", 3, 0, 2) + 2 * struct.pack("<Q1sIB", 1, b"a", 0, 1),
-             "comes twice"),
-            (b"GGUF" + struct.pack("<IQQQ1sI", 3, 1, 0, 1, b"t", 9), "9 dimensions"),
-            (b"GGUF" + struct.pack("<IQQQ1sIQIQ", 3, 1, 0, 1, b"t", 1, 1 << 50, 0, 0), "has dimensions"),
-            (b"GGUF" + struct.pack("<IQQQ1sIQIQ", 3, 1, 0, 1, b"t", 1, 0, 0, 0), "has dimensions"),
-            (b"GGUF" + struct.pack("<IQQQ1sIQIQ", 3, 1, 0, 1, b"t", 1, 8, 999, 0), "unknown type 999"),
-            (b"GGUF" + struct.pack("<IQQQ1sIQIQ", 3, 1, 0, 1, b"t", 1, 33, 2, 0), "not a multiple of 32"),
-            (b"GGUF" + struct.pack("<IQQQ1sIQIQ", 3, 1, 0, 1, b"t", 1, 8, 0, 0), "lies outside"),
-            (b"GGUF" + struct.pack("<IQQQ1sIQIQ", 3, 1, 0, 1, b"t", 1, 1, 0, 7) + bytes(99), "not aligned"),
-            (b"GGUF" + struct.pack("<IQQ", 3, 2, 0)
-             + b"".join(struct.pack("<Q1sIQIQ", 1, n, 1, 16, 0, o) for n, o in ((b"s", 0), (b"t", 32)))
-             + bytes(200), "overlaps"),
-        ],
-    )
-    def test_each_claim_is_checked(self, content: bytes, message: str, tmp_path: Path) -> None:
-        self.refuse(content, message, tmp_path)
-
-    def test_every_shortened_file_is_refused(self, good: bytes, tmp_path: Path) -> None:
-        for size in random.Random(0).sample(range(24, len(good) - 64), 40):
-            self.refuse(good[:size], "not a GGUF file that can be read", tmp_path)
-
-    def test_random_mutations_end_in_a_file_or_a_clean_refusal(self, good: bytes, tmp_path: Path) -> None:
-        header_end = good.index(b"blk.1.ffn_norm.weight") + 60
-        chance = random.Random(1)
-        path = tmp_path / "bad.gguf"
-        refused = 0
-        for _ in range(200):
-            mutated = bytearray(good)
-            for _ in range(3):
-                mutated[chance.randrange(header_end)] = chance.randrange(256)
-            path.write_bytes(mutated)
-            try:
-                file = GGUFFile(path)
-                for name in file.tensors:
-                    assert file.array(name).shape == file.tensors[name].shape
-            except AxiconError:
-                refused += 1
-        assert 20 < refused < 200
 
 
 def test_processes_that_convert_at_once_make_one_directory(tmp_path: Path, cache: Path) -> None:

@@ -187,7 +187,7 @@ def group(q: dict[str, Any]) -> dict[str, Any]:
         (lambda q: q.update(version=2), "version 2, this axicon reads 1; update axicon"),
         (lambda q: q.update(groups=[]), "something else than a list of groups"),
         (lambda q: q.update(bits=8), "something else than a list of groups"),
-        (lambda q: group(q).update(format="int3"), "format 'int3', this axicon reads .*int8; update"),
+        (lambda q: group(q).update(format="int3"), "format 'int3', this axicon reads .*int8,.*; update"),
         (lambda q: group(q).update(format=["int8"]), "the storage format"),
         (lambda q: group(q)["settings"].pop("relative"), "other settings for int8 than threshold, relative"),
         (lambda q: group(q)["settings"].update(bits=8), "other settings for int8"),

@@ -46,6 +46,8 @@ def compressed_tensors(source: Path, folder: Path, *, packed_zeros: bool = False
     if config["quantization_config"].get("quant_method") != "axicon":
         raise AxiconError(f"{source} is in another tool's format already; export what axicon compress made")
     shape, notes = checkpoint.shape_of(source), []
+    if shape.only_here:
+        raise AxiconError(f"{source}: the model {shape.only_here}, which compressed-tensors cannot say")
     groups: dict[Settings, list[str]] = {}
     dense: list[str] = []
     written: set[str] = set()
@@ -116,7 +118,7 @@ def _product(
     form = PLAIN if (bits == 8 if zero is None else not packed_zeros) else PACKED
     groups.setdefault((form, bits, group, zero is None), []).extend(names)
     rows = {"weight": codes, "weight_scale": scale, "weight_zero_point": zero, "bias": linear.bias}
-    sizes = _sizes(shape, module, len(codes))
+    sizes = row_counts(shape, module, len(codes))
     for key, value in rows.items():
         if value is None:
             continue
@@ -134,7 +136,7 @@ def _product(
                 yield f"{name}.{key}", piece.contiguous()
 
 
-def _sizes(shape: ModelShape, module: str, outputs: int) -> list[int]:
+def row_counts(shape: ModelShape, module: str, outputs: int) -> list[int]:
     """Rows of each stored product in a fused one."""
     names, _ = product_names(shape, module)
     if len(names) == 1:
