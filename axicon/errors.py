@@ -12,3 +12,8 @@ class AxiconError(Exception):
 
 class RunFailed(AxiconError):
     """What was asked for was right, and something failed while it was done. Exit code 1 instead of 2."""
+
+
+def counted(number: int, noun: str) -> str:
+    """For sentences: 1 block, 2 blocks."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"

@@ -10,189 +10,19 @@ heads, K head width, V vocabulary, O out, I in, L layers, R request rows.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import hashlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal, NamedTuple, Protocol
+from typing import ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
 
-import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from axicon.data.batch import Batch
+from axicon.model.adapterfile import Adapter
 from axicon.model.cache import LayerCache
 from axicon.model.decoder import Block, Decoder
-
-STEP_VERSION = 2
-
-
-class RowPolicy(NamedTuple):
-    """How a row's cache is bounded. Counts are slots per head."""
-
-    row: int
-    method: int
-    """Index into the names of `KV_POLICIES`, sorted."""
-    budget: int
-    recent: int
-    sinks: int
-    spare: int
-    """Slots the row may hold beyond `budget` between two evictions."""
-
-
-class LayeredPrompt(NamedTuple):
-    """A prompt that goes through the model block by block, so that only one block holds all of its keys.
-
-    The step that begins it carries its nodes; they are staged nowhere, and committed by themselves when they
-    have passed the last block. Its logits come with that step, behind those of the step's own nodes.
-    """
-
-    row: int
-    blocks: int
-    """It passes through so many further blocks in this step."""
-
-
-def batched(flat: Sequence[int], size: int) -> Iterator[Sequence[int]]:
-    """`flat` in pieces of `size`."""
-    return (flat[i : i + size] for i in range(0, len(flat), size))
-
-
-@dataclass(frozen=True, slots=True)
-class StepInput:
-    """One step of the model, as a flat, versioned set of integer tensors.
-
-    This is all a process group ever broadcasts: trees, adapters, replay and shards need no other channel. A
-    *node* is one token to be computed. Its *request row* is the cache row the engine gave to the request
-    when it was admitted; a row number is used again only after it was released.
-
-    Order inside a step is part of the contract: nodes of one request row are adjacent, parents come before
-    children. A runner first applies what the previous step decided (`commits`, then `evictions`, then
-    `releases`) and then computes the nodes.
-    """
-
-    tokens_N: Tensor
-    """int64. Token ids."""
-    positions_N: Tensor
-    """int64. Absolute positions: time, never a cache slot."""
-    rows_N: Tensor
-    """int64. Request row of each node."""
-    parents_N: Tensor
-    """int64. Index, inside this step, of the node this one follows; -1 if it follows committed context."""
-    wanted_N: Tensor
-    """bool. Whether the logits of this node are wanted."""
-    adapters_N: Tensor
-    """int64. Adapter id, 0 for the base model."""
-    forced_N: Tensor
-    """bool. True where the token was given (prompt, replay), False where it was sampled or drafted."""
-    commits: tuple[int, ...] = ()
-    """Nodes of the *previous* step that stay, as indices into it, ascending. All others are dropped."""
-    releases: tuple[int, ...] = ()
-    """Request rows whose cache is given back."""
-    evictions: tuple[int, ...] = ()
-    """Request rows that are cut to their policy's budget now. The engine names a row only when its
-    committed length is a multiple of `evict_every`.
-    """
-    reserves: tuple[tuple[int, int], ...] = ()
-    """(row, slots): rows that begin with this step and the most slots they will ever hold per head."""
-    policies: tuple[RowPolicy, ...] = ()
-    """Of the rows in `reserves` whose cache is bounded. Their prompts are layered."""
-    layered: tuple[LayeredPrompt, ...] = ()
-    """Prompts of bounded rows that go on in this step. Nodes of those that begin stand behind all others."""
-
-    version: ClassVar[int] = STEP_VERSION
-
-    def __len__(self) -> int:
-        return int(self.tokens_N.shape[0])
-
-    def pack(self) -> Tensor:
-        """One int64 tensor: version, counts, node fields in the order above, then the lists."""
-        nodes = [
-            self.tokens_N,
-            self.positions_N,
-            self.rows_N,
-            self.parents_N,
-            self.wanted_N.long(),
-            self.adapters_N,
-            self.forced_N.long(),
-        ]
-        flat = [[n for entry in entries for n in entry] for entries in self._records()]
-        lists = [self.commits, self.releases, self.evictions, *flat]
-        header = torch.tensor([STEP_VERSION, len(self), *(len(x) for x in lists)])
-        return torch.cat([header, *nodes, *(torch.tensor(list(x), dtype=torch.int64) for x in lists)])
-
-    def _records(self) -> tuple[Sequence[tuple[int, ...]], ...]:
-        return self.reserves, self.policies, self.layered
-
-    @staticmethod
-    def unpack(packed: Tensor) -> StepInput:
-        """Inverse of `pack`. Raises ValueError for another version or a wrong length."""
-        if len(packed) < 8:
-            raise ValueError(f"a StepInput of {len(packed)} numbers, its header alone has 8")
-        version, n, *counts = packed[:8].tolist()
-        if version != STEP_VERSION:
-            known = f"this process speaks {STEP_VERSION}: run one axicon version everywhere"
-            raise ValueError(f"StepInput version {version}, {known}")
-        odd = counts[3] % 2 or counts[4] % len(RowPolicy._fields) or counts[5] % len(LayeredPrompt._fields)
-        if min(n, *counts) < 0 or odd or len(packed) != 8 + 7 * n + sum(counts):
-            said = f"its header says {n} nodes and lists of {counts}"
-            raise ValueError(f"a StepInput of {len(packed)} numbers, {said}")
-        parts = packed[8:].split([n] * 7 + counts)
-        tokens, positions, rows, parents, wanted, adapters, forced = parts[:7]
-        commits, releases, evictions = (tuple(p.tolist()) for p in parts[7:10])
-        reserves, policies, layered = (p.tolist() for p in parts[10:])
-        return StepInput(
-            tokens,
-            positions,
-            rows,
-            parents,
-            wanted.bool(),
-            adapters,
-            forced.bool(),
-            commits,
-            releases,
-            evictions,
-            tuple(zip(reserves[::2], reserves[1::2], strict=True)),
-            tuple(RowPolicy(*one) for one in batched(policies, len(RowPolicy._fields))),
-            tuple(LayeredPrompt(*one) for one in batched(layered, len(LayeredPrompt._fields))),
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class CacheUse:
-    """What the caches of all rows come to now."""
-
-    bytes: int = 0
-    """Of keys and values."""
-    evicted: Mapping[str, int] = field(default_factory=dict)
-    """Slots given up since the start by policy, in the mean over layers and heads."""
-
-
-@dataclass(frozen=True, slots=True)
-class StepOutput:
-    """What a step gives back. Rows are the wanted nodes, in the order of the step."""
-
-    logits_WV: Tensor
-    """float32 (wanted nodes, vocabulary). Those of a layered prompt come behind all others, with the step in
-    which it ends."""
-    held: CacheUse = CacheUse()
-
-
-@dataclass(frozen=True, slots=True)
-class Capacity:
-    """What a runner can hold, for admission. All counts are cache slots per KV head, summed over requests."""
-
-    slots: int
-    max_rows: int
-    max_positions: int
-    """The longest sequence the model knows."""
-    prefill_chunk: int
-    """Prompts are computed in chunks of exactly this many tokens (the last may be shorter), so that chunk
-    boundaries, and with them every bit of the result, depend on the request alone."""
-    bytes_per_slot: int
-    """Bytes of one slot over all layers and KV heads."""
-    vocab: int
-    """Token ids are 0 .. vocab - 1."""
-    free_chunks: bool = False
-    """True where no bit depends on where a prompt is cut. `prefill_chunk` is then only the most at once, and
-    steps that decode as well may take less of a prompt."""
-    blocks: int = 0
-    """Blocks that a layered prompt passes; 0 where rows cannot have a policy."""
+from axicon.model.shape import ModelShape
+from axicon.step import Capacity, StepInput, StepOutput
 
 
 class Compressor(Protocol):
@@ -219,6 +49,40 @@ class Compressor(Protocol):
 
     def finish(self, model: Decoder) -> None:
         """After the last block, where the head lives."""
+        ...
+
+
+@runtime_checkable
+class Reshaping(Protocol):
+    """What a compressor that changes the widths of a model has beside the rest: it hands on hidden states in
+    another basis, and knows which. It wants `inputs: sequential`.
+    """
+
+    def reshaped(self, shape: ModelShape) -> ModelShape:
+        """The shape that a dense one becomes. Raises AxiconError for one that it does not take."""
+        ...
+
+    def entered(self, block: Block, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
+        """The inputs of a block as it reads them once it is changed. May be called before `block` too."""
+        ...
+
+    def carried(self) -> dict[str, Tensor]:
+        """What the next block needs of what is behind, for a walk that goes on in another process."""
+        ...
+
+    def carry(self, tensors: Mapping[str, Tensor]) -> None:
+        """Go on from there instead of `begin`."""
+        ...
+
+
+@runtime_checkable
+class Repairing(Protocol):
+    """What a compressor that brings a pruned block back to the dense one has beside the rest. It stands in a
+    chain, which shows it the block twice.
+    """
+
+    def remember(self, block: Block) -> None:
+        """The block before anything of it is pruned; `block` is called once that is done."""
         ...
 
 
@@ -259,8 +123,16 @@ class KVPolicy(Protocol):
     """Evicts at the end of the prompt and never again."""
     recent_share: ClassVar[float]
     """Of the budget, for a request that does not say how many recent slots it wants."""
+    variants: ClassVar[tuple[str, ...]]
+    """Ways to score that a request may choose from, its `kv.score`; the first is what it gets by itself.
+    Empty where there is only one."""
 
-    def __init__(self, *, budget: int, recent: int, sinks: int) -> None: ...
+    def __init__(self, *, budget: int, recent: int, sinks: int, variant: int = 0) -> None: ...
+
+    @property
+    def decay(self) -> float:
+        """What is left of a slot's column sum when the next query is counted; 1 where it is a plain sum."""
+        ...
 
     def score(self, cache: LayerCache, stats_GS: Tensor | None, slots: int) -> Tensor:
         """(G, S) of the first `slots` slots: higher stays. `stats_GS` is what `needs` asks for.
@@ -289,6 +161,18 @@ class Runner(Protocol):
 
     def slots_reserved(self, tokens: int) -> int:
         """Slots that admission must set aside for a request that may reach `tokens` committed tokens."""
+        ...
+
+    def hold(self, number: int, adapter: Adapter | None) -> None:
+        """Have an adapter by this number, which nodes name; None gives it up. Number 0 is what nodes get that
+        name none. Raises AxiconError where adapters cannot be.
+        """
+        ...
+
+    def positions(self, row: int) -> Sequence[Sequence[Tensor]] | None:
+        """What an open row holds: positions of the committed slots (S,), per layer and KV head. None where
+        rows hold everything.
+        """
         ...
 
     def forward(self, step: StepInput) -> StepOutput:
@@ -427,4 +311,91 @@ class Grower(Drafter, Protocol):
         what cannot be drawn; noise (draws, F, C): independent Gumbel variables, None for the likeliest nodes
         instead of drawn ones. Siblings come in the order in which they were drawn.
         """
+        ...
+
+
+class Objective(Protocol):
+    """What a model is trained for. Settings are dataclass fields."""
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """float32 (B,), one value per example; differentiable where gradients are on."""
+        ...
+
+
+class Mean(Protocol):
+    """How the workers of a run agree. A step's batch is cut into virtual shards, whose number is a setting of
+    the run and not of how many workers there are; what is summed is summed in the order of the shards, so any
+    number of workers gets the same bits.
+    """
+
+    @property
+    def shards(self) -> int:
+        """Virtual shards of a batch."""
+        ...
+
+    @property
+    def own(self) -> range:
+        """The shards this worker computes."""
+        ...
+
+    def gather(self, values_SK: Tensor) -> Tensor:
+        """float64 (own shards, K) of this worker to (all shards, K), in the order of the shards."""
+        ...
+
+    def add(self, tensor: Tensor) -> None:
+        """In place: the sum over workers. For gradients, whose last bits may depend on their number."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Moment:
+    """Where in a run a step is. What it says is all that may differ between two steps on the same batch."""
+
+    step: int
+    """Counted from 0."""
+    seed: int
+    """Of the run."""
+    rate: float = 1.0
+    """What the schedule makes of the learning rate: a factor."""
+
+    def key(self, *what: str | int) -> int:
+        """64 random bits that are a function of the run's seed and `what`."""
+        said = "/".join(map(str, (self.seed, *what)))
+        return int.from_bytes(hashlib.blake2b(said.encode(), digest_size=8).digest(), "little")
+
+
+class UpdateRule(Protocol):
+    """How parameters change. Settings are dataclass fields; what a run adds to them is made by `prepare`.
+
+    The parameters that train are those with `requires_grad`, which a scheme has chosen before.
+    """
+
+    def prepare(self, model: nn.Module) -> None:
+        """Make what the rule keeps between steps."""
+        ...
+
+    def step(self, model: nn.Module, objective: Objective, batch: Batch, mean: Mean, at: Moment) -> float:
+        """Change the parameters once; the loss on the batch."""
+        ...
+
+    def finish(self, model: nn.Module) -> None:
+        """Leave a model without what `prepare` added to it."""
+        ...
+
+
+Scalars = Mapping[str, float | Sequence[float]]
+"""A step of a scalar rule: what, with its `Moment`, is all that the step did."""
+
+
+class ScalarRule(UpdateRule, Protocol):
+    """An update rule whose step is a function of a few numbers, so that the numbers are the run."""
+
+    def measure(
+        self, model: nn.Module, objective: Objective, batch: Batch, mean: Mean, at: Moment
+    ) -> Scalars:
+        """Find the numbers of a step; `loss` is one of them. The parameters stay as they are, bit for bit."""
+        ...
+
+    def apply(self, model: nn.Module, scalars: Scalars, at: Moment) -> None:
+        """Change the parameters. Equal parameters, numbers and moments give equal bits."""
         ...

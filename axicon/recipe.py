@@ -1,69 +1,35 @@
-"""Typed recipes: what a run is asked to do, with every setting named and bounded.
-
-A recipe is a frozen pydantic model, one class per verb. It comes from `key=value` words of the command line,
-from `args` of a Serve configuration, from a file, or from Python; all are checked in the same place. Values
-typed on a command line are text, and the field they are for says what they become, so `served_name=1` is a
-name and `port=1` is a number. An unknown key is an error that names the nearest known one.
-"""
+"""Typed recipes: what a run is asked to do, with every setting named and bounded, one class per verb."""
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
 import hashlib
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, TypeVar, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
-from pydantic_core import ErrorDetails
+from pydantic import AfterValidator, BeforeValidator, Field
 
 from axicon.errors import AxiconError
+from axicon.settings import (
+    Method,
+    OptionalMethod,
+    Paths,
+    Recipe,
+    Words,
+    named_method,
+    named_methods,
+    split_words,
+)
 
 if TYPE_CHECKING:
+    from axicon.model.shape import ModelShape
     from axicon.protocols import Compressor
 
-T = TypeVar("T")
 Dtype = Literal["bfloat16", "float32"]
-
-
-def split_words(value: Any) -> Any:
-    """`a,b` typed for a list means two items."""
-    if isinstance(value, str):
-        return [word.strip() for word in value.split(",") if word.strip()]
-    return value
-
-
-Words = Annotated[tuple[str, ...], BeforeValidator(split_words)]
-Paths = Annotated[tuple[Path, ...], BeforeValidator(split_words)]
 Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 Digests = Annotated[tuple[Digest, ...], BeforeValidator(split_words)]
-
-
-class Recipe(BaseModel):
-    """What all recipes share: frozen, unknown keys refused, numbers finite."""
-
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, allow_inf_nan=False, coerce_numbers_to_str=True, protected_namespaces=()
-    )
-
-    @classmethod
-    def parse(cls, overrides: Sequence[str] = (), /, **values: Any) -> Self:
-        """A recipe from values and, over them, `key=value` words.
-
-        Raises AxiconError, one line that names the first wrong key and what it takes.
-        """
-        merged = _merge(values, parse_overrides(overrides))
-        try:
-            return cls.model_validate(merged)
-        except ValidationError as error:
-            raise AxiconError(explain(cls, error)) from None
-
-    def as_yaml(self) -> str:
-        """The resolved recipe, as it is shown by `--show` and saved beside a result."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
 
 
 class RequestLimits(Recipe):
@@ -79,41 +45,6 @@ class RequestLimits(Recipe):
     logprobs: int = Field(20, ge=0, description="alternatives reported per token")
     logit_bias: int = Field(1024, ge=0, description="entries of logit_bias")
 
-
-class Method(Recipe):
-    """A method by its name in its family's table, with its settings beside it.
-
-    `compressor=llm_int8` is the method with its defaults; `compressor.method=llm_int8 compressor.threshold=6`
-    sets some.
-    """
-
-    model_config = ConfigDict(extra="allow")
-    method: str = Field(min_length=1, description="name of the method")
-
-    def build(self, table: Mapping[str, type[T]], key: str) -> T:
-        """The method as an object. Raises AxiconError for an unknown name or setting, or a wrong value."""
-        cls = table.get(self.method)
-        if cls is None:
-            raise AxiconError(f"{key}={self.method}: known are {', '.join(sorted(table))}")
-        settings = self.model_extra or {}
-        known = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
-        for name in settings:
-            if name not in known:
-                raise AxiconError(f"{key}: {unknown_key(name, known)}")
-        try:
-            return TypeAdapter(cls).validate_python(settings)
-        except ValidationError as error:
-            details = error.errors(include_url=False)[0]
-            where = ".".join([key, *(str(part) for part in details["loc"])])
-            raise AxiconError(f"{_typed(where, details)}: {_reason(details)}") from None
-
-
-def named_method(value: Any) -> Any:
-    """A name typed for a method means the method with its defaults."""
-    return {"method": value} if isinstance(value, str) else value
-
-
-OptionalMethod = Annotated[Method | None, BeforeValidator(named_method)]
 
 AUTO = Method(method="auto")
 SERVED_BY_DEFAULT = Method.model_validate({"method": "llm_int8", "relative": 5.0})
@@ -134,14 +65,18 @@ class ModelRecipe(Recipe):
     )
     threads: int | None = Field(None, ge=1, le=1024, description="compute threads; none: one per core")
 
-    def build_compressor(self, packed: Sequence[str] = ()) -> Compressor | None:
+    def build_compressor(
+        self, packed: Sequence[str] = (), shape: ModelShape | None = None
+    ) -> Compressor | None:
         """What to do to the model after loading.
 
         `packed` are the formats it is stored in, if it was compressed before: then there is nothing to do.
+        `shape` is the model's, where it is known: what the C++ kernels do not run is nothing for auto.
         Raises AxiconError for a method named nevertheless, and for one that needs data.
         """
         from axicon.compress import COMPRESSORS
         from axicon.kernels import native
+        from axicon.model.native import why_not_shape
 
         method = self.compressor
         if packed and method is not None and method != AUTO:
@@ -154,6 +89,7 @@ class ModelRecipe(Recipe):
         if method == AUTO:
             # In torch, int8 is slower than bfloat16 (0.6 of it, measured): only the kernels make it pay.
             fast = self.dtype == "bfloat16" and native.why_unavailable() is None
+            fast = fast and (shape is None or why_not_shape(shape) is None)
             method = SERVED_BY_DEFAULT if fast else None
         if method is None:
             return None
@@ -176,6 +112,33 @@ class KVRecipe(Recipe):
     recent: float | None = Field(None, ge=0, description="newest among them; none: as the policy does")
     sinks: int = Field(4, ge=0, le=64, description="first ones among them")
     evict_every: int = Field(16, ge=1, le=256, description="tokens from one eviction to the next")
+    score: Literal["sum", "mean", "decay"] | None = Field(
+        None, description="how h2o adds up attention; none: sum"
+    )
+
+
+class SpeculationRecipe(Recipe):
+    """How tokens of a request are guessed ahead that does not say otherwise."""
+
+    method: Literal["none", "chain", "k_seq", "lookup", "multi_round", "rsd_c", "rsd_s"] = Field(
+        "none", description="of requests that name none; lookup needs no draft model"
+    )
+    width: int | None = Field(None, ge=1, description="of its trees; none: as the method does")
+    depth: int | None = Field(None, ge=1, description="of its trees; none: as the method does")
+    verify: Literal["rrs", "coupled"] | None = Field(
+        None, description="how guesses are checked; none: coupled for requests with a seed"
+    )
+
+
+class AdaptersRecipe(Recipe):
+    """Adapters that join a running server."""
+
+    folder: Annotated[Path, AfterValidator(Path.absolute)] | None = Field(
+        None, description="folder of adapters that may join by /v1/load_lora_adapter; none: none may"
+    )
+    most: int = Field(16, ge=1, le=1024, description="adapters at once")
+    rank: int = Field(64, ge=1, le=256, description="largest rank of one")
+    follow_s: float = Field(2, gt=0, description="from one look at the log of a run to the next")
 
 
 class ServeRecipe(ModelRecipe):
@@ -185,6 +148,9 @@ class ServeRecipe(ModelRecipe):
     kv_gib: float | None = Field(None, gt=0, description="memory for keys and values; none: by what is free")
     kv: KVRecipe = Field(KVRecipe(), description="cache policy of requests that name none")
     kv_floor: int = Field(32, ge=1, description="smallest cache budget of a request, in slots")
+    prefix_cache: float = Field(
+        0.5, ge=0, le=1, description="share of the KV cache that may hold beginnings of earlier prompts"
+    )
     max_rows: int = Field(64, ge=1, le=1024, description="choices generated at the same time")
     prefill_chunk: int = Field(256, ge=16, le=8192, description="prompt tokens computed per step")
     max_queue: int = Field(256, ge=0, description="choices that may wait; more is a 429")
@@ -192,26 +158,60 @@ class ServeRecipe(ModelRecipe):
     draft: str | None = Field(
         None, description="model that guesses ahead: skip:20 is this one with 20 blocks; or a model"
     )
+    speculation: Annotated[SpeculationRecipe, BeforeValidator(named_method)] = Field(
+        SpeculationRecipe(), description="how tokens of requests are guessed ahead that name no way"
+    )
     draft_nodes: int = Field(64, ge=1, le=1024, description="guessed tokens of one request checked at once")
+    device: Literal["cpu", "cuda"] = Field("cpu", description="where model and cache lie")
     limits: RequestLimits = Field(RequestLimits(), description="the most one request may ask for")
     request_timeout_s: float = Field(600, gt=0, description="a request that takes longer is ended")
     stall_s: float = Field(30, gt=0, description="/health fails when work waits this long without a step")
     api_keys_env: str | None = Field(None, min_length=1, description="variable with API keys, comma between")
     api_key_hashes: Digests = Field((), description="SHA-256 digests of API keys, in hex")
+    adapters: AdaptersRecipe = Field(AdaptersRecipe(), description="adapters chosen by a request's model")
+    admin_keys_env: str | None = Field(
+        None, min_length=1, description="variable with keys that may also load and unload adapters"
+    )
+    admin_key_hashes: Digests = Field((), description="SHA-256 digests of those keys, in hex")
     allowed_hosts: Words = Field((), description="without keys: host names to answer to beside loopback ones")
+    sweeps: Annotated[Path, AfterValidator(Path.absolute)] | None = Field(
+        None, description="folder of sweeps to show at /sweeps; none: there is no such page"
+    )
+
+    def build_compressor(
+        self, packed: Sequence[str] = (), shape: ModelShape | None = None
+    ) -> Compressor | None:
+        """On a GPU auto is nothing: its int8 has outliers relative to their row, found on a CPU alone."""
+        if self.device == "cuda" and self.compressor == AUTO:
+            return None
+        return super().build_compressor(packed, shape)
 
     def api_key_digests(self) -> tuple[bytes, ...]:
         """SHA-256 digests of the keys accepted. Raises AxiconError if asked-for keys are missing."""
-        digests = [bytes.fromhex(text) for text in self.api_key_hashes]
-        if self.api_keys_env is not None:
-            keys = split_words(os.environ.get(self.api_keys_env, ""))
-            if not keys:
-                raise AxiconError(
-                    f"api_keys_env={self.api_keys_env}: this environment variable holds no key; "
-                    f"set it, for example to $(openssl rand -hex 24), or leave api_keys_env out"
-                )
-            digests += [hashlib.sha256(key.encode()).digest() for key in keys]
-        return tuple(digests)
+        return _key_digests("api_keys_env", self.api_keys_env, self.api_key_hashes)
+
+    def admin_key_digests(self) -> tuple[bytes, ...]:
+        """The same of the keys that may change what is served."""
+        digests = _key_digests("admin_keys_env", self.admin_keys_env, self.admin_key_hashes)
+        if self.adapters.folder is not None and not digests:
+            raise AxiconError(
+                f"adapters.folder={self.adapters.folder}: only a key may load adapters; name a variable that "
+                "holds one with admin_keys_env"
+            )
+        return digests
+
+
+def _key_digests(setting: str, variable: str | None, hashes: Sequence[str]) -> tuple[bytes, ...]:
+    digests = [bytes.fromhex(text) for text in hashes]
+    if variable is not None:
+        keys = split_words(os.environ.get(variable, ""))
+        if not keys:
+            raise AxiconError(
+                f"{setting}={variable}: this environment variable holds no key; "
+                f"set it, for example to $(openssl rand -hex 24), or leave {setting} out"
+            )
+        digests += [hashlib.sha256(key.encode()).digest() for key in keys]
+    return tuple(digests)
 
 
 class LocalServeRecipe(ServeRecipe):
@@ -231,7 +231,8 @@ class LocalServeRecipe(ServeRecipe):
 
 
 class CalibrationRecipe(Recipe):
-    """The sample that a method looks at which needs data. It changes the result, `activations` does not."""
+    """The sample that a method looks at which needs data. It changes the result; `activations`, `shared` and
+    `shared_gib` do not."""
 
     text: str | None = Field(None, description="text file or hub data set; none: the model writes one itself")
     column: str = Field("text", description="the field that holds the text of a record")
@@ -244,6 +245,10 @@ class CalibrationRecipe(Recipe):
     activations: Literal["auto", "memory", "disk"] = Field(
         "auto", description="where hidden states lie between blocks; auto: memory if they take half of it"
     )
+    shared: Path | None = Field(
+        None, description="folder in which runs find each other's statistics of the sample; none: no sharing"
+    )
+    shared_gib: float = Field(20, gt=0, description="the most that may lie there; unused sets go first")
 
 
 class CompressRecipe(ModelRecipe):
@@ -251,6 +256,9 @@ class CompressRecipe(ModelRecipe):
 
     compressor: Annotated[Method, BeforeValidator(named_method)] = Field(
         SERVED_BY_DEFAULT, description="the method; its settings beside it, as compressor.NAME"
+    )
+    chain: Annotated[tuple[Method, ...], BeforeValidator(named_methods)] = Field(
+        (), description="in place of compressor: several methods in order, applied block by block"
     )
     calibration: CalibrationRecipe = Field(CalibrationRecipe(), description="sample, for methods with data")
     out: Path | None = Field(None, description="directory to make; none: artifacts/models/MODEL-METHOD")
@@ -261,6 +269,11 @@ class CompressRecipe(ModelRecipe):
     column: str = Field("text", description="the field that holds the text of a record")
     window: int = Field(2048, ge=2, description="tokens per perplexity window")
     windows: int | None = Field(None, ge=1, description="only the first so many windows; none: all")
+
+    def as_yaml(self) -> str:
+        """Without the method that a chain stands in place of."""
+        aside = {"compressor"} if self.chain else None
+        return yaml.safe_dump(self.model_dump(mode="json", exclude=aside), sort_keys=False)
 
 
 class EvaluateRecipe(ModelRecipe):
@@ -280,109 +293,3 @@ class EvaluateRecipe(ModelRecipe):
     batch: int = Field(1, ge=1, description="perplexity windows per pass; changes speed and memory only")
     seed: int = Field(1234, ge=0, description="of few-shot choice")
     out: Path | None = Field(None, description="folder for results; none: artifacts/evaluate")
-
-
-def parse_overrides(words: Sequence[str]) -> dict[str, Any]:
-    """`["a=1", "b.c=x"]` to `{"a": "1", "b": {"c": "x"}}`.
-
-    A value stays text for the field to read, except that `none` or `null` is None, and brackets or braces are
-    YAML. Raises AxiconError for a word without `=`, an empty key, a key given twice, and broken YAML.
-    """
-    result: dict[str, Any] = {}
-    for word in words:
-        key, sign, text = word.partition("=")
-        parts = key.split(".")
-        if not sign or not all(part.isidentifier() for part in parts):
-            raise AxiconError(f"cannot read {word!r}: settings are given as key=value, for example port=8001")
-        place = result
-        for part in parts[:-1]:
-            place = place.setdefault(part, {})
-            if not isinstance(place, dict):
-                raise AxiconError(f"{key}: {part} already has a value of its own; give one or the other")
-        if parts[-1] in place:
-            raise AxiconError(f"{key} is given twice; keep one")
-        place[parts[-1]] = _value(key, text)
-    return result
-
-
-def _value(key: str, text: str) -> Any:
-    if text.lower() in ("none", "null"):
-        return None
-    if text[:1] not in ("[", "{"):
-        return text
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise AxiconError(f"{key}={text}: the brackets do not close or the list is no valid YAML") from None
-
-
-def explain(cls: type[Recipe], error: ValidationError) -> str:
-    """The first problem of a validation as one line: which key, what is wrong, what it takes.
-
-    An unknown key comes before all else: it may be what is missing, spelt otherwise.
-    """
-    errors = error.errors(include_url=False)
-    details = next((one for one in errors if one["type"] == "extra_forbidden"), errors[0])
-    key = ".".join(str(part) for part in details["loc"])
-    known = dict(fields(cls))
-    if details["type"] == "extra_forbidden":
-        *place, _ = details["loc"]
-        if any(isinstance(part, int) for part in place):
-            item = ".".join(map(str, place))
-            return unknown_key(key, [f"{item}.{name}" for name, _ in fields(_item(cls, place))])
-        return unknown_key(key, [*known, *sorted({name.partition(".")[0] for name in known if "." in name})])
-    if details["type"] == "missing":
-        return f"{key} is missing"
-    if details["type"] in ("model_type", "dict_type"):
-        example = next(name for name in known if name.startswith(f"{key}."))
-        return f"{_typed(key, details)}: {key} has settings of its own, such as {example}=..."
-    about = f" ({known[key]})" if key in known else ""
-    return f"{_typed(key, details)}: {_reason(details)}{about}"
-
-
-def _item(cls: type[Recipe], place: Sequence[str | int]) -> type[Recipe]:
-    """The recipe that is an item of a list, where names of fields and numbers of items lead to it."""
-    for part in place:
-        if isinstance(part, str) and part in cls.model_fields:
-            kinds = get_args(cls.model_fields[part].annotation) or (cls.model_fields[part].annotation,)
-            cls = next((one for one in kinds if isinstance(one, type) and issubclass(one, Recipe)), cls)
-    return cls
-
-
-def _typed(key: str, details: ErrorDetails) -> str:
-    """The setting as it was typed. Never what was given for a key: it may be the secret itself."""
-    if key.startswith("api_key"):
-        return key
-    value = "none" if details["input"] is None else str(details["input"])
-    return f"{key}={value if len(value) <= 80 else value[:77] + '...'}"
-
-
-def _reason(details: ErrorDetails) -> str:
-    text = details["msg"].removeprefix("Value error, ")
-    text = text.replace("Input should", "must").replace("String should", "must")
-    return text[:1].lower() + text[1:]
-
-
-def unknown_key(key: str, known: Sequence[str]) -> str:
-    """One line about a key that does not exist."""
-    near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-    hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
-    return f"unknown key {key!r}: {hint}"
-
-
-def fields(cls: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """(dotted key, description) of every setting."""
-    for name, field in cls.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, Recipe):
-            yield from fields(field.annotation, f"{prefix}{name}.")
-        else:
-            yield prefix + name, field.description or ""
-
-
-def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """`over` laid on `base`, nested mappings key by key."""
-    result = dict(base)
-    for key, value in over.items():
-        old = result.get(key)
-        result[key] = _merge(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
-    return result

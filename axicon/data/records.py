@@ -17,18 +17,23 @@ Record = dict[str, Any]
 
 def read_records(path: Path) -> list[Record]:
     """All records of a file, in its order. Raises AxiconError for anything that is not such a file."""
+    return [record for _, record in read_placed(path)]
+
+
+def read_placed(path: Path) -> list[tuple[str, Record]]:
+    """The same, each with the words that say where it stands, such as `line 3`."""
     if not path.exists():
         raise AxiconError(f"no such file: {path}")
     if not path.is_file():
         raise AxiconError(f"{path} is not a file: name one of its files ({', '.join(RECORD_SUFFIXES)})")
     if path.name.endswith(".parquet"):
-        return _read_parquet(path)
+        return [(f"record {number}", record) for number, record in enumerate(_read_parquet(path), start=1)]
     if path.name.endswith((".jsonl", ".jsonl.gz")):
         return _read_json_lines(path)
     raise AxiconError(f"{path}: unknown kind of file, records are read from {', '.join(RECORD_SUFFIXES)}")
 
 
-def _read_json_lines(path: Path) -> list[Record]:
+def _read_json_lines(path: Path) -> list[tuple[str, Record]]:
     records = []
     for number, line in enumerate(read_utf8(path).split("\n"), start=1):
         if not line.strip():
@@ -43,7 +48,7 @@ def _read_json_lines(path: Path) -> list[Record]:
             raise AxiconError(
                 f"{path}, line {number}: a JSON object is expected, this is a {type(record).__name__}"
             )
-        records.append(record)
+        records.append((f"line {number}", record))
     return records
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from axicon.data.records import RECORD_SUFFIXES, read_records, read_utf8
 from axicon.errors import AxiconError
@@ -73,21 +74,29 @@ def wikitext_rows(text: str) -> list[str]:
     return [*rows, last] if last.strip() else rows
 
 
-def _hub_rows(source: str, column: str) -> list[str]:
+def hub_table(source: str, split: str) -> Any:
+    """A data set of the hub, `name[:configuration[:split]]`, with `split` if it names none.
+
+    Raises AxiconError where there is none of that name.
+    """
     name, _, rest = source.partition(":")
-    config, _, split = rest.partition(":")
+    config, _, named = rest.partition(":")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             import datasets
 
-            table = datasets.load_dataset(name, config or None, split=split or "test")
+            return datasets.load_dataset(name, config or None, split=named or split)
     except Exception as error:  # the hub client raises a dozen unrelated classes
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise AxiconError(
             f"{source}: neither a file here nor a data set the hub gives ({reason}); "
             "give a path, or name[:configuration[:split]]"
         ) from None
+
+
+def _hub_rows(source: str, column: str) -> list[str]:
+    table = hub_table(source, "test")
     if column not in table.column_names:
         raise AxiconError(f"{source}: no column {column!r}, it has {', '.join(table.column_names)}")
     return [str(row) for row in table[column]]

@@ -1,0 +1,1 @@
+"""Finetuning: objectives, update rules, and the numbers that a zeroth-order run is."""
