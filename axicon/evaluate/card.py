@@ -155,8 +155,10 @@ def _said(rows: Rows) -> Iterator[str]:
         change = 100 * (ratio - 1)
         yield f"has a perplexity {abs(change):.1f} % {'higher' if change > 0 else 'lower'}"
     if (mean := _accuracy(rows)) is not None:
-        lost, _ = mean
-        yield f"has an accuracy {abs(100 * lost):.1f} points {'lower' if lost > 0 else 'higher'}"
+        lost, error = mean
+        points = f"{abs(100 * lost):.1f} points {'lower' if lost > 0 else 'higher'}"
+        within = abs(lost) <= 2 * error  # as `is_worse` has it
+        yield "has the same accuracy within its noise" if within else f"has an accuracy {points}"
     row = rows.get("agreement/prefix")
     if row is not None and row.compressed is not None:
         yield f"says the same for {row.compressed:.0%} of the tokens".replace("%", " %")

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from axicon.errors import AxiconError
-from axicon.model.attention import dense_attention
-from axicon.model.decoder import Attend, Block
+from axicon.model.decoder import Attend, packed_attend
 
 
 class LanguageModel(Protocol):
@@ -24,20 +23,6 @@ class LanguageModel(Protocol):
     def head(self, x_ND: Tensor) -> Tensor: ...
 
 
-class PackedCausal:
-    """An `Attend`: the N rows of a pass are texts of the given lengths, one after the other.
-
-    Each text attends causally to itself alone, within the block's sliding window if it has one.
-    """
-
-    def __init__(self, lengths: Sequence[int]) -> None:
-        self.lengths = list(lengths)
-
-    def __call__(self, block: Block, q_NHK: Tensor, k_NGK: Tensor, v_NGK: Tensor) -> Tensor:
-        parts = zip(*(torch.split(x[None], self.lengths, 1) for x in (q_NHK, k_NGK, v_NGK)), strict=True)
-        return torch.cat([dense_attention(q, k, v, block.scale, block.window)[0] for q, k, v in parts])
-
-
 def hidden_states(model: LanguageModel, texts: Sequence[Sequence[int]]) -> Tensor:
     """(N, D) of all tokens of all texts, in one pass. Raises AxiconError for a token the model has not."""
     vocab, most = getattr(getattr(model, "shape", None), "vocab", None), max(map(max, texts))
@@ -48,4 +33,4 @@ def hidden_states(model: LanguageModel, texts: Sequence[Sequence[int]]) -> Tenso
     lengths = [len(text) for text in texts]
     tokens_N = torch.tensor([token for text in texts for token in text], device=model.device)
     positions_N = torch.cat([torch.arange(length) for length in lengths]).to(model.device)
-    return model(tokens_N, positions_N, PackedCausal(lengths))
+    return model(tokens_N, positions_N, packed_attend(lengths))

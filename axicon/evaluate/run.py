@@ -8,10 +8,11 @@ win.
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +75,7 @@ class Tasks:
         import lm_eval
 
         self._check_examples(fewshot or 0)
-        with _quiet():
+        with _quiet(), _described_once():
             results = lm_eval.simple_evaluate(
                 model=lm,
                 tasks=self.names,
@@ -129,6 +130,25 @@ def _folder(key: str, folder: str | Path) -> Path:
 def _task_hash(samples: Sequence[dict[str, Any]]) -> str:
     parts = (sample["doc_hash"] + sample["prompt_hash"] + sample["target_hash"] for sample in samples)
     return hashlib.sha256("".join(parts).encode()).hexdigest()
+
+
+@functools.cache
+def _described(describe: Callable[[], str]) -> str:
+    return describe()
+
+
+@contextlib.contextmanager
+def _described_once() -> Iterator[None]:
+    """lm-eval puts torch's description of the machine into all results, which starts a dozen programs and
+    takes seconds; it is the same as long as this process lives."""
+    from torch.utils import collect_env
+
+    describe = collect_env.get_pretty_env_info
+    collect_env.get_pretty_env_info = functools.partial(_described, describe)
+    try:
+        yield
+    finally:
+        collect_env.get_pretty_env_info = describe
 
 
 @contextlib.contextmanager

@@ -19,7 +19,7 @@ from typing import IO, TYPE_CHECKING, Any, Literal, Self
 
 from pydantic import TypeAdapter
 
-from axicon.errors import AxiconError, RunFailed
+from axicon.errors import AxiconError, RunFailed, counted
 
 if TYPE_CHECKING:
     from axicon.protocols import Compressor
@@ -144,8 +144,9 @@ def measure_here(
     from axicon.evaluate import agreement, speed
     from axicon.generate.build import build_engine
     from axicon.model import checkpoint
+    from axicon.model.adapterfile import locate
 
-    tokenizer = checkpoint.load_tokenizer(folder)
+    tokenizer = checkpoint.load_tokenizer(locate(folder).base)
     before = _resident("VmRSS")
     transform = None if compressor is None else Compress(compressor)
     engine = build_engine(str(folder), dtype=DTYPE, threads=threads, transform=transform)
@@ -164,7 +165,7 @@ def measure_here(
     peak = _resident("VmHWM")
     if before is None or peak is None:
         reason["peak_memory"] = "this system does not say how much memory a process had at most"
-    machine = f"{processor()}, {torch.get_num_threads()} threads, {DTYPE}, greedy"
+    machine = f"{processor()}, {counted(torch.get_num_threads(), 'thread')}, {DTYPE}, greedy"
     return Serving(
         tokens_per_s={str(rate.streams): round(rate.tokens_per_s, 2) for rate in rates},
         first_token_ms=None if first is None else round(first * 1000, 2),

@@ -19,6 +19,8 @@ class Answer:
     def __init__(self, request: Request, tokenizer: Tokenizer, vocab: int, eos_ids: Sequence[int]) -> None:
         params = request.params
         self.request = request
+        self.cached = 0
+        """Tokens of the prompt that an earlier request computed."""
         self._tokenizer = tokenizer
         self._seed = secrets.randbits(63) if params.seed is None else params.seed
         self._eos = frozenset(() if params.ignore_eos else eos_ids)
@@ -93,6 +95,7 @@ class Answer:
             error=error,
             prompt_tokens=len(self.request.prompt),
             completion_tokens=self._tokens,
+            cached_tokens=self.cached,
         )
 
     def _take_prompt_logprobs(self) -> tuple[TokenLogprob, ...] | None:

@@ -12,10 +12,11 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
 
 from axicon.generate.spans import Span
+from axicon.model.attention import attend, clip
 from axicon.model.cache import LayerCache, RowCache
+from axicon.model.variant import AttentionVariant
 
 
 class AttendingBlock(Protocol):
@@ -29,6 +30,9 @@ class AttendingBlock(Protocol):
 
     @property
     def window(self) -> int | None: ...
+
+    @property
+    def variant(self) -> AttentionVariant: ...
 
 
 class StepAttention:
@@ -90,7 +94,7 @@ class StepAttention:
         for q_RK, (extent, committed) in zip(queries, caches, strict=True):
             begin = 0 if window is None else max(0, committed + 1 - window)
             k_SK, v_SK = extent.narrow(2, begin, committed + 1 - begin).unbind(0)
-            outs.append(scaled_dot_product_attention(q_RK, k_SK, v_SK, scale=block.scale))
+            outs.append(attend(q_RK, k_SK, v_SK, scale=block.scale, variant=block.variant))
         return torch.stack(outs).view(rows, heads, width)
 
 
@@ -117,8 +121,8 @@ class _SpanAttention:
         v_GRSK = store.values_GCK.narrow(1, 0, live)[:, None].expand(-1, heads // groups, -1, -1)
         causal = self._causal and store.lengths is None and (block.window is None or block.window >= tokens)
         mask = None if causal else self._mask(store, block.window, live)
-        out_GRTK = scaled_dot_product_attention(
-            q_GRTK, k_GRSK, v_GRSK, attn_mask=mask, is_causal=causal, scale=block.scale
+        out_GRTK = attend(
+            q_GRTK, k_GRSK, v_GRSK, scale=block.scale, variant=block.variant, mask=mask, causal=causal
         )
         return out_GRTK.permute(2, 0, 1, 3).reshape(tokens, heads, width)
 
@@ -136,7 +140,7 @@ class _SpanAttention:
         entries_GNC.zero_()
         for g in range(groups):
             scores_RTS = q_GRTK[g] @ store.keys_GCK[g, :live].float().T * block.scale
-            shares_RTS = scores_RTS.masked_fill(~mask_GTS[g], -torch.inf).softmax(-1)
+            shares_RTS = clip(scores_RTS.masked_fill(~mask_GTS[g], -torch.inf).softmax(-1), block.variant)
             entries_GNC[g, :tokens, :live] = shares_RTS.sum(0)
 
     def _mask(self, store: LayerCache, window: int | None, live: int) -> Tensor:

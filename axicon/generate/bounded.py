@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from typing import Protocol
 
@@ -14,8 +15,11 @@ from axicon.kernels.eviction import select
 from axicon.model.cache import KVCache, LayerCache, RowCache, size_class
 from axicon.model.native import KeepBest, NativeDecoder
 from axicon.model.tally import Tally
-from axicon.protocols import Capacity, KVPolicy, LastRows, RowPolicy, StepInput
+from axicon.protocols import KVPolicy, LastRows
+from axicon.step import Capacity, RowPolicy, StepInput
 
+NOTHING = 1e-6
+"""Weight below which a query of the prompt is left out of a sum that decays."""
 TILE = 8
 """Adjacent nodes of a prompt whose attention the kernels add up by themselves."""
 
@@ -32,7 +36,9 @@ class BoundedRow:
     ) -> None:
         method = KV_POLICIES[METHODS[policy.method]]
         self.row, self.spare = policy.row, policy.spare
-        self.policy: KVPolicy = method(budget=policy.budget, recent=policy.recent, sinks=policy.sinks)
+        self.policy: KVPolicy = method(
+            budget=policy.budget, recent=policy.recent, sinks=policy.sinks, variant=policy.variant
+        )
         self.name = METHODS[policy.method]
         self.evicted = 0
         """Slots given up so far, over all layers and heads."""
@@ -46,7 +52,8 @@ class BoundedRow:
             return None
         assert row.lengths_LG is not None
         layers, groups = row.lengths_LG.shape
-        return Tally(layers, groups, row.reserved, last=isinstance(needs, LastRows))
+        last = isinstance(needs, LastRows)
+        return Tally(layers, groups, row.reserved, last=last, decay=self.policy.decay)
 
     def evict(self) -> None:
         """Cut every layer to the budget."""
@@ -123,7 +130,9 @@ class LayeredRun:
         wanted_T: Tensor,
         x_TD: Tensor,
         chunk: int,
+        adapter: int = 0,
     ) -> None:
+        self.adapter = adapter
         self.bounded, self.tokens_T, self.wanted_T = bounded, tokens_T, wanted_T
         self.done = 0
         """Blocks passed."""
@@ -142,21 +151,30 @@ class LayeredRun:
         alone = LayerCache(self._cache.exchange(self.bounded.row, index, length))
         view = RowCache([alone], length)
         heads = alone.extent.shape[1]
-        needs = self.bounded.policy.needs
-        first = max(0, length - needs.count) if isinstance(needs, LastRows) else 0
+        needs, decay = self.bounded.policy.needs, self.bounded.policy.decay
+        first, weights_T1 = 0, None
+        if isinstance(needs, LastRows):
+            first = max(0, length - needs.count)
+        elif decay != 1.0:
+            first = max(0, length - math.ceil(math.log(NOTHING, decay)))
+            weights_T1 = decay ** torch.arange(length - 1, -1, -1.0)[:, None]
         sums_GS = None if needs == "none" else torch.zeros(heads, alone.capacity)
         found = []
         for start in range(0, length, self._chunk):
             stop = min(length, start + self._chunk)
             view.committed, view.tally = start, None
             if sums_GS is not None and stop > first:
-                grain = every if first <= start else 1
+                grain = every if first <= start and weights_T1 is None else 1
                 view.tally = Tally(1, heads, alone.capacity, nodes=stop - start, every=grain)
             positions, parents = tuple(range(start, stop)), tuple(range(-1, stop - start - 1))
-            span = Span(self.bounded.row, 0, len(positions), positions, parents, True)
+            span = Span(self.bounded.row, 0, len(positions), positions, parents, True, self.adapter)
             found.append(through(self, index, span, view))
             if sums_GS is not None and view.tally is not None:
-                sums_GS += view.tally.staged_LGNC[0, :, max(0, first - start) :].sum(1)
+                begin = max(0, first - start)
+                entries_GNC = view.tally.staged_LGNC[0, :, begin:]
+                if weights_T1 is not None:
+                    entries_GNC = entries_GNC * weights_T1[start + begin : stop]
+                sums_GS += entries_GNC.sum(1)
         lengths = row.layers[index].lengths
         assert lengths is not None
         lengths[:] = length
@@ -199,7 +217,9 @@ def check_bounded(
     opened = {row for row, _ in step.reserves}
     for policy in step.policies:
         room = policy.budget - policy.recent - policy.sinks
-        if policy.row not in opened or policy.method >= len(METHODS) or min(policy) < 0 or room < 0:
+        known = policy.method < len(METHODS)
+        known = known and policy.variant < max(1, len(KV_POLICIES[METHODS[policy.method]].variants))
+        if policy.row not in opened or not known or min(policy) < 0 or room < 0:
             raise ValueError(f"{policy}: no row that begins with this step, or no policy")
     rows = {policy.row for policy in step.policies} | (set(bounded) - set(step.releases))
     lengths = {span.row: len(span) for span in spans}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -15,13 +15,16 @@ from axicon.generate.request import Limits
 from axicon.generate.runner import Kernels, LocalRunner
 from axicon.generate.speculate import MOST_NODES, Speculator
 from axicon.model import checkpoint
+from axicon.model.adapterfile import locate, read_adapter
 from axicon.model.decoder import Decoder
 from axicon.model.machine import cores, return_freed_memory
+from axicon.model.pages import BESIDE
 from axicon.model.skip import skip_blocks
 
 log = logging.getLogger("axicon")
 
 Dtype = Literal["bfloat16", "float32"]
+Device = Literal["cpu", "cuda"]
 
 PROBE = (
     "When the ship came into the harbour in the morning, nobody was there to meet it. The captain, who had "
@@ -58,19 +61,21 @@ def build_engine(
     transform: Transform | None = None,
     draft: str | None = None,
     draft_nodes: int = MOST_NODES,
+    device: Device = "cpu",
 ) -> Engine:
-    """Find, load and probe a model, in the thread that will step it.
+    """Find, load and probe a model, in the thread that will step it. It may be an adapter beside its base.
 
     threads: compute threads of this thread, None for one per core. kv_gib: memory for keys and values, None
     for what `LocalRunner` takes. `limits` overrides max_queue and max_model_len. `transform` changes the
     loaded model before it is packed for the kernels. `draft` is a model that guesses ahead: `skip:20` for a
-    copy of this one with 20 of its blocks, or a model's name; `draft_nodes` bounds a request's trees. Raises
-    AxiconError for what cannot be served.
+    copy of this one with 20 of its blocks, or a model's name; `draft_nodes` bounds a request's trees. device:
+    where models and cache lie; `kernels` is for the CPU. Raises AxiconError for what cannot be served.
     """
+    check_device(device)
     torch.set_num_threads(threads or cores())
-    folder = checkpoint.resolve(model, offline=offline, revision=revision)
+    where = locate(model, offline=offline, revision=revision)
+    folder, digest = where.base, where.digest
     decoder = checkpoint.load(folder, dtype=getattr(torch, dtype))
-    digest = checkpoint.digest(folder)
     if transform is not None:
         decoder = transform(decoder)
         digest += f" {transform}"
@@ -79,11 +84,15 @@ def build_engine(
     if draft is not None:
         probe_T = torch.tensor(tokenizer.encode(PROBE))
         drafter = _draft_decoder(draft, decoder, getattr(torch, dtype), transform, probe_T)
-    runner = LocalRunner(
-        decoder, kv_bytes=None if kv_gib is None else int(kv_gib * 2**30), max_rows=max_rows,
-        prefill_chunk=prefill_chunk, model_digest=digest, kernels=kernels,
+    runner = _runner(
+        decoder, device, kernels, kv_bytes=None if kv_gib is None else int(kv_gib * 2**30), max_rows=max_rows,
+        prefill_chunk=prefill_chunk, model_digest=digest,
     )  # fmt: skip
-    speculator = Speculator(None if drafter is None else _draft_model(drafter, runner, kernels), draft_nodes)
+    if where.adapter is not None:
+        runner.hold(0, read_adapter(where.adapter, decoder.shape))
+    speculator = Speculator(
+        None if drafter is None else _draft_model(drafter, runner, device, kernels), draft_nodes
+    )
     return_freed_memory()
     engine = Engine(
         runner, tokenizer, eos_ids=decoder.shape.eos_ids,
@@ -95,6 +104,12 @@ def build_engine(
         runner.capacity.slots, runner.fingerprint,
     )  # fmt: skip
     return engine
+
+
+def check_device(device: Device) -> None:
+    """Raises AxiconError where there is none."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise AxiconError("device=cuda: torch finds no CUDA device here; device=cpu runs on the processor")
 
 
 def _draft_decoder(
@@ -121,15 +136,28 @@ def _draft_decoder(
     return found if transform is None or checkpoint.packed_formats(folder) else transform(found)
 
 
-def _draft_model(drafter: Decoder, runner: LocalRunner, kernels: Kernels) -> DraftModel:
+def _draft_model(drafter: Decoder, runner: LocalRunner, device: Device, kernels: Kernels) -> DraftModel:
     """With a cache for as many slots as the target has. Who finds no room there goes without guesses."""
     capacity = runner.capacity
     shapes = [(block.kv_heads, block.head_width) for block in drafter.shape.blocks]
-    per_slot = sum(2 * groups * width * drafter.dtype.itemsize for groups, width in shapes)
+    beside = 0 if device == "cpu" else BESIDE
+    per_slot = sum(groups * (2 * width * drafter.dtype.itemsize + beside) for groups, width in shapes)
     layers = len(shapes)
     return DraftModel(
-        LocalRunner(
-            drafter, kv_bytes=-(-capacity.slots * per_slot * (layers + 1) // layers) + per_slot,
-            max_rows=capacity.max_rows, prefill_chunk=capacity.prefill_chunk, kernels=kernels,
+        _runner(
+            drafter, device, kernels,
+            kv_bytes=-(-capacity.slots * per_slot * (layers + 1) // layers) + per_slot,
+            max_rows=capacity.max_rows, prefill_chunk=capacity.prefill_chunk,
         )
     )  # fmt: skip
+
+
+def _runner(decoder: Decoder, device: Device, kernels: Kernels, **settings: Any) -> LocalRunner:
+    """On a GPU one that has computed a step: kernels are compiled, what cannot run there is refused."""
+    if device == "cpu":
+        return LocalRunner(decoder, kernels=kernels, **settings)
+    from axicon.generate.paged import PagedRunner
+
+    runner = PagedRunner(decoder.to(device), **settings)
+    runner.warm_up()
+    return runner

@@ -17,7 +17,8 @@ from axicon.generate.runner import LocalRunner
 from axicon.generate.sampling.gumbel import stream_key
 from axicon.generate.scheduler import Stream
 from axicon.kernels.sampling import GOLDEN, exponentials, splitmix
-from axicon.protocols import DraftTree, Draw, Grower, Level, StepInput
+from axicon.protocols import DraftTree, Draw, Grower, Level
+from axicon.step import StepInput
 
 CANDIDATES = 32
 """Tokens a node's children are drawn from, the likeliest ones. Their law is what verification divides by."""

@@ -14,16 +14,19 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 
-import torch
 from torch import Tensor
 
 from axicon.generate.answer import Answer
+from axicon.generate.details import pictured
 from axicon.generate.detokenize import Tokenizer
+from axicon.generate.nodes import nodes_of, wanted_of
+from axicon.generate.prefixes import Prefixes
 from axicon.generate.request import (
     Delta,
     EngineStats,
     FinishReason,
     Limits,
+    Origin,
     Overloaded,
     Request,
     RequestError,
@@ -36,7 +39,9 @@ from axicon.generate.speculate import Speculator, read
 from axicon.generate.spots import Spot, choose, rows_of
 from axicon.generate.steptimes import StepClock
 from axicon.generate.validate import check_request
-from axicon.protocols import CacheUse, LayeredPrompt, Runner, Sampler, StepInput
+from axicon.model.adapterfile import Adapter
+from axicon.protocols import Runner, Sampler
+from axicon.step import CacheUse, LayeredPrompt, StepInput
 
 log = logging.getLogger("axicon")
 
@@ -75,10 +80,13 @@ class Engine:
         """Whether the last step computed no prompt tokens."""
         self.speculator = speculator or Speculator()
         self._sampler = sampler or SAMPLERS["gumbel"]()
-        self._scheduler = Scheduler(runner.capacity, runner.slots_reserved)
+        prefixes = Prefixes(runner.capacity, self.limits.prefix_cache)
+        self._scheduler = Scheduler(runner.capacity, runner.slots_reserved, prefixes=prefixes)
         self._answers: dict[Stream, Answer] = {}
         self._streams: dict[tuple[str, int], Stream] = {}
         self._cancelled: set[Stream] = set()
+        self._cut: frozenset[int] = frozenset()
+        """Rows that the last step cut."""
         self._staged: list[Work] = []
         """What the last step computed: its nodes lie in the cache and are not committed."""
         self._kept: dict[Stream, list[int]] = {}
@@ -86,6 +94,10 @@ class Engine:
         self._gone: list[Stream] = []
         """Streams that ended since the last step began."""
         self._failures = 0
+        self._adapters: frozenset[int] = frozenset()
+        """That requests may name."""
+        self._leaving: set[int] = set()
+        """Adapters that only running requests still have."""
         self._held = CacheUse()
         self._steps = self._prompt_tokens = self._generated = self._step_tokens = 0
         self._step_seconds = 0.0
@@ -101,7 +113,20 @@ class Engine:
         if request.params.speculation is not None:
             read(request.params.speculation, self.speculator.most_nodes, self.speculator.models)
         capacity = self.runner.capacity
-        check_request(request, capacity.vocab, self.max_model_len, self.limits, capacity.blocks)
+        check_request(
+            request, capacity.vocab, self.max_model_len, self.limits, capacity.blocks, self._adapters
+        )
+
+    def hold(self, number: int, adapter: Adapter) -> None:
+        """Have an adapter that requests name by this number. Numbers are not used again. Raises AxiconError
+        where adapters cannot be."""
+        self.runner.hold(number, adapter)
+        self._adapters |= {number}
+
+    def give_up(self, number: int) -> None:
+        """Take no more requests for an adapter. It goes when the last one that has it ends."""
+        self._adapters -= {number}
+        self._leaving.add(number)
 
     def add(self, request: Request) -> None:
         """Queue a request. Raises RequestError for what cannot be served, Overloaded when it is full here."""
@@ -130,8 +155,14 @@ class Engine:
         """Compute one step and return what it added to every request it touched."""
         self.decode_only = False
         deltas = self._sweep()
+        if self._leaving:
+            for number in self._leaving - {stream.request.adapter for stream in self._streams.values()}:
+                self.runner.hold(number, None)
+                self._leaving.discard(number)
         while self._gone:
             self.speculator.forget(self._gone.pop())
+        for one in self._staged:
+            self._scheduler.offer(one.stream)
         work = self._scheduler.schedule()
         if not work and not self._scheduler.releases:
             return deltas
@@ -144,6 +175,7 @@ class Engine:
             return deltas + self._give_up(work, error)
         self._failures = 0
         self._staged = work
+        self._cut = frozenset(step.evictions)
         self._held = out.held
         if work:
             deltas += self._advance(work, out.logits_WV)
@@ -159,7 +191,8 @@ class Engine:
             generated_tokens_total=self._generated, finished_total=dict(self._finished),
             step_seconds=self._step_seconds, step_tokens=self._step_tokens,
             decode_steps=self._decode_steps.read(), kv_slots=scheduler.slots_by_policy(),
-            kv_bytes=self._held.bytes, kv_evicted_total=self._held.evicted,
+            kv_bytes=self._held.bytes, kept_bytes=self._held.kept_bytes,
+            prefixes=scheduler.prefixes.stats(), kv_evicted_total=self._held.evicted,
             drafts=self.speculator.stats(),
         )  # fmt: skip
 
@@ -178,46 +211,31 @@ class Engine:
 
     def _build(self, work: Sequence[Work]) -> StepInput:
         """The step's nodes, and what became of the nodes of the step before."""
-        nodes: list[tuple[int, int, int, int, bool, bool]] = []
-        for one in work:
-            tokens, wanted = one.stream.tokens, _wanted(one)
-            forced = one.start < len(one.stream.request.prompt)
-            for position in range(one.start, one.start + one.nodes):
-                parent = -1 if position == one.start else len(nodes) - 1
-                wants = position >= wanted.start
-                nodes.append((tokens[position], position, one.stream.row, parent, wants, forced))
-            if len(one.tree):
-                last, tree = len(nodes) - 1, one.tree
-                for token, parent, depth in zip(tree.tokens, tree.parents, tree.depths(), strict=True):
-                    behind = last + 1 + parent
-                    nodes.append((token, one.stop - 1 + depth, one.stream.row, behind, True, False))
-        table_N6 = torch.tensor(nodes, dtype=torch.int64).view(len(nodes), 6)
-        tokens_N, positions_N, rows_N, parents_N, wanted_N, forced_N = table_N6.T.contiguous().unbind(0)
+        nodes = nodes_of(work)
         scheduler = self._scheduler
+        drops, keeps, reuses = scheduler.prefixes.flush()
         step = StepInput(
-            tokens_N,
-            positions_N,
-            rows_N,
-            parents_N,
-            wanted_N.bool(),
-            torch.zeros_like(tokens_N),
-            forced_N.bool(),
+            *nodes,
             commits=self._commits(),
             releases=tuple(scheduler.releases),
             evictions=tuple(one.stream.row for one in self._staged if one.stream.due),
             reserves=tuple(scheduler.reserves),
             policies=tuple(one.policy for one in work if one.policy is not None),
             layered=tuple(LayeredPrompt(one.stream.row, one.blocks) for one in work if one.blocks),
+            drops=drops,
+            keeps=keeps,
+            reuses=reuses,
         )
         scheduler.releases, scheduler.reserves = [], []
         return step
 
     def _commits(self) -> tuple[int, ...]:
-        """Nodes of the last step that stay: all of every stream that goes on, but for wrong guesses."""
+        """Nodes of the last step that stay: all but wrong guesses, also of streams that ended and whose row
+        this step releases, as blocks may be kept of it."""
         commits: list[int] = []
         first = 0
         for one in self._staged:
-            if one.stream.row >= 0 and not one.blocks:
+            if one.stream.commits and not one.blocks:
                 commits += range(first, first + one.nodes)
                 commits += [first + one.nodes + node for node in self._kept.get(one.stream, ())]
             first += one.nodes + len(one.tree)
@@ -230,11 +248,12 @@ class Engine:
         drawing: list[Spot] = []
         row = 0
         for one in work:
-            stream, wanted = one.stream, _wanted(one)
+            stream, wanted = one.stream, wanted_of(one)
             stream.passed += one.blocks
             if not one.finished:
                 continue
             stream.computed = one.stop
+            self._answers[stream].cached = stream.beginning.reused
             logits_TV = logits_WV[row : row + len(wanted)]
             row += len(wanted) + len(one.tree)
             try:
@@ -267,6 +286,8 @@ class Engine:
             if one.stream.request.params.speculation is not None:
                 self.speculator.settle(one, one.stream.tokens[one.stop :])
                 deltas[one.stream] = self._counted(one.stream, deltas[one.stream])
+            if one.stream.request.details and one.stream.retention is not None:
+                deltas[one.stream] = pictured(deltas[one.stream], one, self.runner, self._cut)
         return list(deltas.values())
 
     def _draw_once(self, spots: Sequence[Spot], logits_WV: Tensor, deltas: dict[Stream, Delta]) -> list[Spot]:
@@ -276,7 +297,7 @@ class Engine:
         tokens = choose(spots, logits_RV, rows, self._sampler, self.speculator)
         onward: list[Spot] = []
         for r, (spot, token) in enumerate(zip(spots, tokens, strict=True)):
-            stream = spot.work.stream
+            stream, child = spot.work.stream, None if token is None else spot.child(token)
             top = stream.request.params.logprobs
             if token is None:
                 delta = self._close(
@@ -293,10 +314,12 @@ class Engine:
                     self._generated += 1
                     if delta.finish_reason is not None:
                         self._forget(stream, delta.finish_reason)
-                    elif (child := spot.child(token)) is not None:
+                    elif child is not None:
                         stream.computed += 1
                         self._kept.setdefault(stream, []).append(child)
                         onward.append(Spot(spot.work, spot.root, child))
+            if stream.request.details and delta.tokens:
+                delta = replace(delta, origins=(Origin(delta.text, child is not None),))
             before = deltas.get(stream)
             deltas[stream] = delta if before is None else before.followed_by(delta)
         return onward
@@ -330,6 +353,7 @@ class Engine:
         self._failures += 1
         if self._failures >= FAILURES_BORNE:
             raise error
+        self._scheduler.prefixes.forget(self._scheduler.running)
         touched = {one.stream: None for one in (*work, *self._staged) if one.stream.row >= 0}
         self._staged = []
         return [
@@ -338,6 +362,8 @@ class Engine:
 
     def _forget(self, stream: Stream, reason: FinishReason) -> None:
         self._scheduler.remove(stream)
+        if reason == "error":
+            stream.left = -1  # Nobody shall go on from what it computed.
         self._gone.append(stream)
         self._finished[reason] += 1
         del self._answers[stream], self._streams[stream.request.id, stream.request.choice]
@@ -361,12 +387,3 @@ def _longest(runner: Runner, limits: Limits) -> int:
     capacity = runner.capacity
     longest = min(capacity.max_positions, limits.max_model_len or capacity.max_positions)
     return bisect.bisect_right(range(1, longest + 1), capacity.slots, key=runner.slots_reserved)
-
-
-def _wanted(one: Work) -> range:
-    """Positions whose logits are wanted: all where a prompt is scored, else the last if a token is drawn."""
-    params, prompt = one.stream.request.params, one.stream.request.prompt
-    if params.prompt_logprobs is not None and one.start < len(prompt):
-        return range(one.start, one.stop)
-    draws = one.stop == len(one.stream.tokens) and params.max_tokens > 0
-    return range(one.stop - draws, one.stop)

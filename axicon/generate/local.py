@@ -17,7 +17,7 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal, overload
 
 from axicon.errors import AxiconError
-from axicon.generate.build import Dtype, build_engine
+from axicon.generate.build import Device, Dtype, build_engine
 from axicon.generate.engine import Engine
 from axicon.generate.request import (
     Delta,
@@ -223,6 +223,8 @@ def _speculation(asked: Any) -> Speculation | None:
             )
     if "method" not in settings:
         raise RequestError("speculation needs a method", "speculation")
+    if settings["method"] == "none":
+        return None
     if settings.get("verify") not in (None, "rrs", "coupled"):
         raise RequestError(
             f"speculation verify is {settings['verify']!r}, known are coupled, rrs", "speculation"
@@ -260,6 +262,7 @@ def load(
     revision: str | None = None,
     offline: bool | None = None,
     draft: str | None = None,
+    device: Device = "cpu",
 ) -> LocalModel:
     """Load a model into this process: `demo`, a directory, a .gguf file, or a hub id.
 
@@ -268,5 +271,6 @@ def load(
     engine = build_engine(
         model, dtype=dtype, threads=threads, kv_gib=kv_gib, max_rows=max_rows, prefill_chunk=prefill_chunk,
         revision=revision, offline=offline, limits=Limits(max_model_len=max_model_len), draft=draft,
+        device=device,
     )  # fmt: skip
     return LocalModel(engine)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from axicon.generate.steptimes import StepTimes
 
@@ -69,6 +69,8 @@ class KVSettings:
     """First positions among them."""
     evict_every: int = 16
     """The cache is cut when the tokens committed are a multiple of this."""
+    score: str | None = None
+    """One of the policy's `variants`; None is the first."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,6 +89,10 @@ class Request:
     adapter: int = 0
     kv: KVSettings | None = None
     """None keeps everything."""
+    namespace: str = ""
+    """Requests of equal namespaces may take over what the others computed of the same prompt."""
+    details: bool = False
+    """Say of each token whether it was guessed, and what a bounded cache holds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +106,27 @@ class TokenLogprob:
     """(token, logprob), best first."""
     text_offset: int = 0
     """Where the token's text begins, in characters from the start of the text it belongs to."""
+
+
+class Origin(NamedTuple):
+    """One generated token."""
+
+    text: str
+    """What it added to the text: nothing where it is a part of a character, or held back."""
+    drafted: bool
+    """It was guessed ahead and right, rather than drawn behind the last token."""
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """Which positions a cache still holds, layer by layer."""
+
+    positions: int
+    """Tokens that were committed."""
+    per_column: int
+    """Positions in a column."""
+    layers: tuple[str, ...]
+    """Of each layer a digit per column, from 0, where no head holds any of it, to 9, where all hold all."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,12 +151,19 @@ class Delta:
     accepted: int = 0
     rejected: int = 0
     """Counts so far; the latter two of tokens that were guessed ahead."""
+    cached_tokens: int = 0
+    """Of the prompt, those that were not computed but taken over from an earlier request."""
+    origins: tuple[Origin, ...] = ()
+    """Of `tokens`, where the request asks for details."""
+    kept: Kept | None = None
+    """What its cache holds, set when a bounded one was cut, and at the end."""
 
     def followed_by(self, later: Delta) -> Delta:
         """This and the next delta of the same choice as one."""
         return replace(
             later, text=self.text + later.text, tokens=self.tokens + later.tokens,
-            logprobs=self.logprobs + later.logprobs,
+            logprobs=self.logprobs + later.logprobs, origins=self.origins + later.origins,
+            kept=self.kept if later.kept is None else later.kept,
             prompt_logprobs=later.prompt_logprobs if self.prompt_logprobs is None else self.prompt_logprobs,
         )  # fmt: skip
 
@@ -165,6 +199,8 @@ class Limits:
     max_logit_bias: int = 1024
     kv_floor: int = 32
     """The smallest cache budget, in slots."""
+    prefix_cache: float = 0.0
+    """The most of the cache that may hold beginnings of earlier prompts, a share. 0: none are kept."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -179,6 +215,22 @@ class DraftStats:
     """Requests that went on without guesses, because guessing raised."""
     gain: float = 1.0
     """Tokens per second as estimated, over those without guesses, at the last step that had the choice."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PrefixStats:
+    """Counts of tokens; `slots` is a gauge."""
+
+    slots: int = 0
+    """Held by blocks now."""
+    asked_total: int = 0
+    """Of prompts that were looked up."""
+    reused_total: int = 0
+    """Of those, what was taken over instead of computed."""
+    requests_total: int = 0
+    """Requests that took something over."""
+    dropped_total: int = 0
+    """Given back because the room was needed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -201,11 +253,14 @@ class EngineStats:
     """Nodes computed in that step."""
     decode_steps: StepTimes = field(default_factory=StepTimes)
     """Steps without a prompt, by how long they took."""
-    kv_bytes: int = 0
-    """Of keys and values that requests hold now."""
+    kv_bytes: Mapping[str, int] = field(default_factory=dict)
+    """Of keys and values that requests hold now, by policy."""
     kv_slots: Mapping[str, int] = field(default_factory=dict)
     """Slots they have set aside, by policy."""
     kv_evicted_total: Mapping[str, int] = field(default_factory=dict)
     """Slots given up, by policy, in the mean over layers and heads."""
+    kept_bytes: int = 0
+    """Of the beginnings of earlier prompts."""
+    prefixes: PrefixStats = field(default_factory=PrefixStats)
     drafts: Mapping[str, DraftStats] = field(default_factory=dict)
     """By the name of the method."""

@@ -9,7 +9,8 @@ from typing import Any
 
 from axicon.generate.eviction import KV_POLICIES, METHODS
 from axicon.generate.request import KVSettings, Limits, RequestError
-from axicon.protocols import LastRows, RowPolicy
+from axicon.protocols import LastRows
+from axicon.step import RowPolicy
 
 FULL = "full"
 MOST_EVERY = 256
@@ -27,6 +28,7 @@ class Retention:
     once: bool
     most: int
     """Slots it may ever hold."""
+    variant: int = 0
 
     @property
     def spare(self) -> int:
@@ -36,7 +38,7 @@ class Retention:
     def of_row(self, row: int) -> RowPolicy:
         """The same as a step says it."""
         method = METHODS.index(self.policy)
-        return RowPolicy(row, method, self.budget, self.recent, self.sinks, self.spare)
+        return RowPolicy(row, method, self.budget, self.recent, self.sinks, self.spare, self.variant)
 
     def due(self, prompt: int, committed: int) -> bool:
         """Whether it is cut when so many tokens are committed; at the end of the prompt that happens by
@@ -51,6 +53,10 @@ def check_kv(kv: KVSettings, limits: Limits, blocks: int) -> None:
     if kv.policy not in KV_POLICIES:
         known = ", ".join((FULL, *KV_POLICIES))
         raise RequestError(f"kv policy {kv.policy!r} is not known, known are {known}", "kv.policy")
+    variants = KV_POLICIES[kv.policy].variants
+    if kv.score is not None and kv.score not in variants:
+        known = f"known are {', '.join(variants)}" if variants else "it has but one"
+        raise RequestError(f"kv policy {kv.policy!r} has no score {kv.score!r}, {known}", "kv.score")
     if blocks == 0:
         raise RequestError("this deployment runs the model in stages, where every cache is full", "kv.policy")
     for name, number in (("budget", kv.budget), ("recent", kv.recent)):
@@ -101,7 +107,8 @@ def retention(kv: KVSettings | None, prompt: int, output: int, floor: int) -> Re
     if total <= budget:
         return None
     most = min(total, budget + (output if method.once else kv.evict_every))
-    return Retention(kv.policy, budget, recent, kv.sinks, kv.evict_every, method.once, most)
+    variant = 0 if kv.score is None else method.variants.index(kv.score)
+    return Retention(kv.policy, budget, recent, kv.sinks, kv.evict_every, method.once, most, variant)
 
 
 def kv_settings(value: KVSettings | Mapping[str, Any] | str | None) -> KVSettings | None:

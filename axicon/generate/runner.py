@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import logging
 from collections import Counter
@@ -18,14 +19,24 @@ from axicon.errors import AxiconError
 from axicon.generate.attend import StepAttention
 from axicon.generate.bounded import TILE, BoundedRow, LayeredRun, check_bounded
 from axicon.generate.numerics import ANY_ROWS, bits, choose_path, padded
-from axicon.generate.spans import Span, committed_paths, native_rows, renumber, split_spans
+from axicon.generate.prefixes import check_kept, check_reuses
+from axicon.generate.retention import FULL
+from axicon.generate.spans import (
+    Span,
+    committed_paths,
+    native_rows,
+    nodes_before,
+    renumber,
+    split_spans,
+)
 from axicon.kernels import native
+from axicon.model.adapterfile import Adapter, Added
 from axicon.model.cache import KVCache, RowCache, size_class
 from axicon.model.decoder import Decoder
 from axicon.model.machine import available_memory
 from axicon.model.native import NativeDecoder, Rows, why_not
 from axicon.model.packed import formats
-from axicon.protocols import CacheUse, Capacity, StepInput, StepOutput
+from axicon.step import CacheUse, Capacity, RowPolicy, StepInput, StepOutput
 
 log = logging.getLogger("axicon")
 
@@ -71,21 +82,23 @@ class LocalRunner:
         self.decoder = decoder.eval().requires_grad_(False)
         self._digest = model_digest
         blocks = decoder.shape.blocks[decoder.first : decoder.last]
-        self.cache = KVCache([(b.kv_heads, b.head_width) for b in blocks], decoder.dtype, kv_bytes)
+        self.cache = self._new_cache([(b.kv_heads, b.head_width) for b in blocks], kv_bytes, max_rows)
         if self.cache.slots < size_class(1):
             raise AxiconError(
                 f"the KV cache may take {kv_bytes >> 20} MiB, this model needs "
                 f"{self.cache.bytes_per_slot * size_class(1) >> 20} MiB for one short request: raise kv_gib"
             )
         self._formats = sorted(formats(decoder))
+        self._added = Added(decoder)
         self.native = _native(decoder, kernels)
         self._capacity = Capacity(
             slots=self.cache.slots, max_rows=max_rows, max_positions=decoder.shape.max_positions,
             prefill_chunk=prefill_chunk, bytes_per_slot=self.cache.bytes_per_slot,
-            vocab=decoder.shape.vocab, free_chunks=self.native is not None,
+            vocab=decoder.shape.vocab, free_chunks=self._any_rows,
             blocks=decoder.shape.layers if decoder.has_embedding and decoder.has_head else 0,
+            keeps=self.cache.keeps_blocks,
         )  # fmt: skip
-        self.path = ANY_ROWS if self.native else choose_path(decoder, max_rows, prefill_chunk)
+        self.path = ANY_ROWS if self._any_rows else choose_path(decoder, max_rows, prefill_chunk)
         self._fingerprint = digest_of(self.describe())
         self._staged: list[Span] = []
         """What the last step computed: its nodes lie in the cache and are not committed."""
@@ -96,6 +109,18 @@ class LocalRunner:
         """Slots given up by rows that are gone, by policy."""
 
     @property
+    def _any_rows(self) -> bool:
+        """Steps need no tiles: a row's bits are its own, or nobody promises them."""
+        return self.native is not None
+
+    def _new_cache(self, shapes: Sequence[tuple[int, int]], kv_bytes: int, max_rows: int) -> KVCache:
+        return KVCache(shapes, self.decoder.dtype, kv_bytes)
+
+    def _bound(self, policy: RowPolicy) -> BoundedRow:
+        windows = [block.window for block in self.decoder.shape.blocks]
+        return BoundedRow(policy, self.cache, windows, self.native)
+
+    @property
     def capacity(self) -> Capacity:
         return self._capacity
 
@@ -104,14 +129,23 @@ class LocalRunner:
         return self._fingerprint
 
     def _held(self) -> CacheUse:
-        evicted = self._evicted.copy()
-        for bounded in self._bounded.values():
+        evicted, kept = self._evicted.copy(), self.cache.bytes_kept
+        held = Counter({FULL: self.cache.bytes_in_use - kept})
+        for row, bounded in self._bounded.items():
             evicted[bounded.name] += bounded.evicted
+            held[bounded.name] += self.cache.rows[row].bytes
+            held[FULL] -= self.cache.rows[row].bytes
         heads = sum(groups for groups, _ in self.cache.shapes)
-        return CacheUse(self.cache.bytes_in_use, {name: n // heads for name, n in evicted.items()})
+        return CacheUse(held, kept, {name: n // heads for name, n in evicted.items()})
 
     def slots_reserved(self, tokens: int) -> int:
         return size_class(tokens)
+
+    def hold(self, number: int, adapter: Adapter | None) -> None:
+        (self.native or self._added).hold(number, adapter)
+
+    def positions(self, row: int) -> list[list[Tensor]] | None:
+        return self.cache.positions(row) if row in self._bounded else None
 
     def describe(self) -> dict[str, object]:
         """What the fingerprint is made of."""
@@ -137,8 +171,10 @@ class LocalRunner:
 
     def same_bits_with(self, threads: int) -> bool:
         """Whether blocks and head compute the same bits with this many threads as now."""
-        if self.native:
+        if self._any_rows:
             return True
+        if self._added.held:  # nobody looked at the bits of their products
+            return False
         now = torch.get_num_threads()
         ours = bits(self.decoder)
         torch.set_num_threads(threads)
@@ -150,7 +186,7 @@ class LocalRunner:
     def set_threads(self, threads: int) -> None:
         """Compute with this many threads from now on, under a new fingerprint. Costs a probe."""
         torch.set_num_threads(threads)
-        if not self.native:
+        if not self._any_rows:
             self.path = choose_path(self.decoder, self._capacity.max_rows, self._capacity.prefill_chunk)
         self._fingerprint = digest_of(self.describe())
 
@@ -178,18 +214,24 @@ class LocalRunner:
         for row, path in checked.paths.items():
             self.cache.commit(row, path)
         self._staged = []
-        for row in checked.step.evictions:
+        step = checked.step
+        for row in step.evictions:
             self._bounded[row].evict()
-        for row in checked.step.releases:
+        for block in step.drops:
+            self.cache.drop(block)
+        for kept in step.keeps:
+            self.cache.keep(*kept)
+        for row in step.releases:
             self.cache.release(row)
             self._prompts.pop(row, None)
             if row in self._bounded:
                 self._evicted[self._bounded[row].name] += self._bounded.pop(row).evicted
-        for row, slots in checked.step.reserves:
+        for row, slots in step.reserves:
             self.cache.open(row, slots)
-        for policy in checked.step.policies:
-            windows = [block.window for block in self.decoder.shape.blocks]
-            self._bounded[policy.row] = BoundedRow(policy, self.cache, windows, self.native)
+        for policy in step.policies:
+            self._bounded[policy.row] = self._bound(policy)
+        for row, reused in itertools.groupby(step.reuses, key=lambda kept: kept.row):
+            self.cache.reuse(row, [kept.block for kept in reused])
 
     @torch.inference_mode()
     def compute(self, checked: Checked, hidden_ND: Tensor | None = None) -> Tensor:
@@ -202,7 +244,7 @@ class LocalRunner:
         spans = [span for span in checked.spans if span.row not in layered]
         for span in spans:
             self.cache.make_room(span.row, len(span))
-        step = checked.step if len(spans) == len(checked.spans) else _nodes_before(checked.step, spans)
+        step = checked.step if len(spans) == len(checked.spans) else nodes_before(checked.step, spans)
         out = self._compute(step, spans, hidden_ND) if spans else self.out(0)
         self._staged = spans
         if not layered:
@@ -224,9 +266,8 @@ class LocalRunner:
 
     def _spans(self, step: StepInput, paths: Mapping[int, Sequence[int]]) -> list[Span]:
         """The step's spans, checked against the rows as they will be when the spans are computed."""
-        if step.adapters_N.any():
-            raise ValueError("a node names an adapter, this runner holds none")
         rows = {row: cache.committed + len(paths.get(row, ())) for row, cache in self.cache.rows.items()}
+        blocks = check_kept(step, self.cache, rows)
         for row in step.releases:
             if rows.pop(row, None) is None:
                 raise ValueError(f"release of request row {row}, which is not open")
@@ -236,11 +277,16 @@ class LocalRunner:
                 raise ValueError(f"request row {row} is in use")
             rows[row] = 0
             reserved += size_class(slots)
-        if reserved > self._capacity.slots:
-            raise ValueError(f"{reserved} slots reserved, the cache holds {self._capacity.slots}")
+        kept = self.cache.slots_kept if blocks is self.cache.kept else sum(blocks.values())
+        if reserved + kept > self._capacity.slots:
+            beside = f" beside {kept} in blocks" if kept else ""
+            raise ValueError(f"{reserved} slots reserved{beside}, the cache holds {self._capacity.slots}")
+        check_reuses(step, blocks, rows, self.cache)
         spans = split_spans(step)
         check_bounded(step, spans, self._bounded.keys(), self._prompts, self._capacity)
         for span in spans:
+            if span.adapter and span.adapter not in (self.native or self._added).held:
+                raise ValueError(f"nodes {span.start}..{span.stop - 1}: no adapter {span.adapter} is held")
             if span.row not in rows:
                 raise ValueError(f"nodes {span.start}..{span.stop - 1}: request row {span.row} is not open")
             span.check_positions(rows[span.row])
@@ -268,12 +314,12 @@ class LocalRunner:
         own = slice(span.start, span.stop)
         tokens_T = step.tokens_N[own]
         if self.native:
-            x_TD = torch.empty(len(span), self.decoder.shape.width)
+            x_TD = torch.empty(len(span), self.native.width)
         else:
             x_TD = self.decoder.embed(tokens_T, step.positions_N[own])
         self._prompts[span.row] = LayeredRun(
             self._bounded[span.row], self.cache, tokens_T, step.wanted_N[own], x_TD,
-            self._capacity.prefill_chunk,
+            self._capacity.prefill_chunk, span.adapter,
         )  # fmt: skip
 
     def _advance(self, row: int, blocks: int) -> Tensor:
@@ -295,7 +341,7 @@ class LocalRunner:
         wanted = run.wanted_T[own].nonzero().flatten().tolist() if last else []
         rows = Rows(
             run.tokens_T[own], torch.tensor(span.positions), [0] * len(span), range(len(span)), [cache],
-            wanted,
+            wanted, adapters=[run.adapter],
         )  # fmt: skip
         return self.native.block(rows, index, run.x_TD[own])
 
@@ -307,12 +353,13 @@ class LocalRunner:
         extra = 0 if alone else padded(nodes, self.path.body_tile) - nodes
         positions_N = pad(torch.tensor(span.positions), (0, extra))
         attend = StepAttention([span], [cache], index)
+        self._added.choose([(0, nodes, run.adapter)])
         block = self.decoder.blocks[index]
         y_ND = block(_more_rows(run.x_TD[own], extra), self.decoder.rotary(positions_N), attend)[:nodes]
+        if index + 1 == self._capacity.blocks:  # whose width may be another one
+            return self._logits(y_ND[run.wanted_T[own]], alone)
         run.x_TD[own] = y_ND
-        wanted_T = run.wanted_T[own]
-        last = index + 1 == self._capacity.blocks
-        return self._logits(y_ND[wanted_T], alone) if last else self.out(0)
+        return self.out(0)
 
     def _passes(self, spans: list[Span]) -> list[list[Span]]:
         """What goes through the blocks together. A prompt chunk is known by its given nodes."""
@@ -330,6 +377,7 @@ class LocalRunner:
         alone = not self.path.merged and spans[0].forced and nodes > 1
         extra = 0 if alone else padded(nodes, self.path.body_tile) - nodes
         attend = StepAttention(spans, [self.cache.rows[span.row] for span in spans], self.decoder.first)
+        self._added.choose((span.start, span.stop, span.adapter) for span in spans)
         y_ND = self.decoder(_more_rows(x, extra), pad(positions_N, (0, extra)), attend)[:nodes]
         if not self.decoder.has_head:
             return y_ND
@@ -347,16 +395,6 @@ def digest_of(facts: Mapping[str, object]) -> str:
     """The `system_fingerprint` of what `Runner.describe` tells."""
     text = json.dumps(facts, sort_keys=True)
     return f"axicon-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
-
-
-def _nodes_before(step: StepInput, spans: Sequence[Span]) -> StepInput:
-    """The step without the nodes behind these spans, which are its first."""
-    count = spans[-1].stop if spans else 0
-    return replace(
-        step, tokens_N=step.tokens_N[:count], positions_N=step.positions_N[:count],
-        rows_N=step.rows_N[:count], parents_N=step.parents_N[:count], wanted_N=step.wanted_N[:count],
-        adapters_N=step.adapters_N[:count], forced_N=step.forced_N[:count],
-    )  # fmt: skip
 
 
 def _more_rows(x: Tensor, extra: int) -> Tensor:

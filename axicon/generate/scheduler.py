@@ -14,11 +14,15 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from axicon.generate.pace import Pace
+from axicon.generate.prefixes import Beginning, Prefixes
 from axicon.generate.request import Request
-from axicon.generate.retention import Retention
-from axicon.protocols import Capacity, DraftTree, RowPolicy
+from axicon.generate.retention import FULL, Retention
+from axicon.protocols import DraftTree
+from axicon.step import Capacity, RowPolicy
 
 NO_TREE = DraftTree()
+COPIED = 32
+"""Tokens taken over from an earlier request that cost as much as one that is computed, or less."""
 
 
 @dataclass(eq=False, slots=True)
@@ -38,6 +42,9 @@ class Stream:
     """How its cache is bounded. Its prompt then passes block by block instead of chunk by chunk."""
     passed: int = 0
     """Blocks that such a prompt has passed."""
+    beginning: Beginning = field(default_factory=Beginning)
+    left: int = -1
+    """Row that it gave up, whose release the next step carries."""
 
     def __post_init__(self) -> None:
         self.tokens = list(self.request.prompt)
@@ -51,6 +58,11 @@ class Stream:
         """Whether its cache is cut at the length that it has now."""
         bounded = self.retention
         return bounded is not None and self.row >= 0 and bounded.due(len(self.request.prompt), self.computed)
+
+    @property
+    def commits(self) -> bool:
+        """Whether its row keeps what the last step computed, if only to be copied from before it goes."""
+        return self.row >= 0 or (self.left >= 0 and self.retention is None)
 
     @property
     def generated(self) -> int:
@@ -89,7 +101,11 @@ class Scheduler:
     """Waiting and running streams, free rows and free slots. Touches no tensor."""
 
     def __init__(
-        self, capacity: Capacity, slots_reserved: Callable[[int], int], step_tokens: int | None = None
+        self,
+        capacity: Capacity,
+        slots_reserved: Callable[[int], int],
+        step_tokens: int | None = None,
+        prefixes: Prefixes | None = None,
     ) -> None:
         self._capacity = capacity
         self._slots_reserved = slots_reserved
@@ -100,6 +116,10 @@ class Scheduler:
         self.waiting: deque[Stream] = deque()
         self.running: list[Stream] = []
         self.slots_free = capacity.slots
+        """Slots that no stream has set aside; `prefixes` may lie in them."""
+        self.prefixes = prefixes or Prefixes(capacity)
+        self._leaving: dict[int, int] = {}
+        """Slots of the rows in `releases`."""
         self.releases: list[int] = []
         """Rows given up since the last step was built."""
         self.reserves: list[tuple[int, int]] = []
@@ -116,8 +136,16 @@ class Scheduler:
         self.running.remove(stream)
         self.slots_free += stream.slots
         self.releases.append(stream.row)
+        self._leaving[stream.row] = stream.slots
         heapq.heappush(self._rows, stream.row)
-        stream.row = -1
+        stream.row, stream.left = -1, stream.row
+
+    def offer(self, stream: Stream) -> None:
+        """Keep what a stream has computed for later ones that begin like it. It may just have ended."""
+        row = stream.row if stream.row >= 0 else stream.left
+        if row >= 0:
+            # Blocks are copied before rows are released.
+            self.prefixes.offer(stream, row, self.slots_free - sum(self._leaving[r] for r in self.releases))
 
     def schedule(self) -> list[Work]:
         """What the next step computes, decode rows first. Admits streams as rows, slots and budget allow."""
@@ -125,21 +153,38 @@ class Scheduler:
         free = self._capacity.free_chunks
         budget = self.pace.tokens if free and work else self._budget - len(work)
         candidates = (*(s for s in self.running if s.prompt_left), *self.waiting)
+        coming: set[bytes] = set()
+        """Blocks that prompts before this one compute now or later."""
         for chunks, stream in enumerate(candidates):
             if stream.retention is not None:
                 # The last of a step: its nodes stand behind all others, and the next prompt waits for it.
                 if budget > 0 and (stream.row >= 0 or self._admit(stream)):
                     work.append(self._layered(stream, budget))
                 break
-            size = min(self._capacity.prefill_chunk, stream.prompt_left)
-            if free:
-                size = min(size, max(budget, 0 if chunks else 1))
+            found, size = self._piece(stream, budget, chunks == 0)
             # At least one chunk goes, whatever the budget: prompts move on beside any number of decode rows.
-            if size == 0 or (chunks and size > budget) or (stream.row < 0 and not self._admit(stream)):
+            if size == 0 or (stream.row < 0 and not self._admit(stream)):
                 break
+            # Room for it may have been found among the blocks.
+            found, size = self._piece(stream, budget, chunks == 0)
+            waits = self.prefixes.next_of(stream, found) in coming
+            coming.update(self.prefixes.coming(stream))
+            if waits or size == 0:
+                continue
+            self.prefixes.take(stream, found)
             work.append(Work(stream, stream.computed, stream.computed + size))
-            budget -= size
+            budget -= size + found // COPIED
         return work
+
+    def _piece(self, stream: Stream, budget: int, must: bool) -> tuple[int, int]:
+        """Tokens of a prompt that blocks hold, and how many behind them are computed in a step that has
+        `budget` left; 0 if it is too small, unless something must go."""
+        found = self.prefixes.find(stream)
+        budget -= found // COPIED
+        size = min(self._capacity.prefill_chunk, stream.prompt_left - found)
+        if self._capacity.free_chunks:
+            return found, min(size, max(budget, int(must)))
+        return found, size if must or size <= budget else 0
 
     def _layered(self, stream: Stream, budget: int) -> Work:
         """As many blocks as cost what `budget` tokens cost in all of them, and at least one."""
@@ -152,7 +197,7 @@ class Scheduler:
         """Slots that running streams have set aside. Any thread may ask."""
         found: Counter[str] = Counter()
         for stream in tuple(self.running):
-            found["full" if stream.retention is None else stream.retention.policy] += stream.slots
+            found[FULL if stream.retention is None else stream.retention.policy] += stream.slots
         return dict(found)
 
     def cost(self, one: Work) -> int:
@@ -165,7 +210,7 @@ class Scheduler:
         bounded = stream.retention
         most = len(stream.tokens) + stream.request.params.max_tokens if bounded is None else bounded.most
         slots = self._slots_reserved(most)
-        if not self._rows or slots > self.slots_free:
+        if not self._rows or slots > self.slots_free or not self.prefixes.shrink(self.slots_free - slots):
             return False
         assert self.waiting[0] is stream
         self.waiting.popleft()

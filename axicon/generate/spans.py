@@ -11,7 +11,7 @@ from torch import Tensor
 
 from axicon.model.cache import RowCache
 from axicon.model.native import Rows
-from axicon.protocols import StepInput
+from axicon.step import StepInput
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +26,7 @@ class Span:
     """Offsets inside the span; -1 follows the committed context."""
     forced: bool
     """Every node was given, none sampled: a prompt chunk or a replay."""
+    adapter: int = 0
 
     def __len__(self) -> int:
         return self.stop - self.start
@@ -54,6 +55,7 @@ def split_spans(step: StepInput) -> list[Span]:
     """Group a step's nodes by request row. Raises ValueError where the order of nodes breaks the contract."""
     rows, parents = step.rows_N.tolist(), step.parents_N.tolist()
     positions, forced = step.positions_N.tolist(), step.forced_N.tolist()
+    adapters = step.adapters_N.tolist()
     spans: list[Span] = []
     start = 0
     for stop in range(1, len(rows) + 1):
@@ -62,9 +64,14 @@ def split_spans(step: StepInput) -> list[Span]:
         offsets = tuple(p - start if p >= 0 else -1 for p in parents[start:stop])
         if any(not -1 <= parent < i for i, parent in enumerate(offsets)):
             raise ValueError(f"nodes {start}..{stop - 1}: a parent lies outside its row or behind its child")
+        if len(set(adapters[start:stop])) > 1:
+            raise ValueError(f"nodes {start}..{stop - 1}: several adapters in one request row")
         spans.append(
-            Span(rows[start], start, stop, tuple(positions[start:stop]), offsets, all(forced[start:stop]))
-        )
+            Span(
+                rows[start], start, stop, tuple(positions[start:stop]), offsets, all(forced[start:stop]),
+                adapters[start],
+            )
+        )  # fmt: skip
         start = stop
     if len({span.row for span in spans}) != len(spans):
         raise ValueError("the nodes of one request row are not adjacent")
@@ -96,7 +103,7 @@ def native_rows(step: StepInput, spans: Sequence[Span], caches: Sequence[RowCach
         step.tokens_N, step.positions_N,
         [i for i, span in enumerate(spans) for _ in range(len(span))],
         [offset for span in spans for offset in range(len(span))],
-        caches, step.wanted_N.nonzero().flatten().tolist(), hidden,
+        caches, step.wanted_N.nonzero().flatten().tolist(), hidden, [span.adapter for span in spans],
     )  # fmt: skip
 
 
@@ -118,3 +125,13 @@ def renumber(spans: Sequence[Span]) -> list[Span]:
         result.append(replace(span, start=start, stop=start + len(span)))
         start += len(span)
     return result
+
+
+def nodes_before(step: StepInput, spans: Sequence[Span]) -> StepInput:
+    """The step without the nodes behind these spans, which are its first."""
+    count = spans[-1].stop if spans else 0
+    return replace(
+        step, tokens_N=step.tokens_N[:count], positions_N=step.positions_N[:count],
+        rows_N=step.rows_N[:count], parents_N=step.parents_N[:count], wanted_N=step.wanted_N[:count],
+        adapters_N=step.adapters_N[:count], forced_N=step.forced_N[:count],
+    )  # fmt: skip

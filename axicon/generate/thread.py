@@ -11,9 +11,12 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from typing import Any, Generic, TypeVar
 
 import torch
 
+from axicon.errors import counted
 from axicon.generate.engine import Engine
 from axicon.generate.request import Delta, EngineStats, FinishReason, Overloaded, Request, RequestError
 from axicon.generate.runner import LocalRunner
@@ -22,6 +25,7 @@ from axicon.generate.watchdog import ThreadPolicy
 log = logging.getLogger("axicon")
 
 OnDelta = Callable[[Delta], None]
+T = TypeVar("T")
 
 
 class EngineThread:
@@ -37,8 +41,8 @@ class EngineThread:
         self._watchdog = watchdog
         self._engine: Engine | None = None
         self._wake = threading.Condition()
-        self._inbox: list[Request | str] = []
-        """Requests, and ids to cancel."""
+        self._inbox: list[Request | str | _Call[Any]] = []
+        """Requests, ids to cancel, and what to do to the engine."""
         self._sinks: dict[tuple[str, int], OnDelta] = {}
         """Receivers of all requests that have not ended."""
         self._closing = False
@@ -100,6 +104,16 @@ class EngineThread:
             self._inbox.append(request_id)
             self._wake.notify()
 
+    def ask(self, do: Callable[[Engine], T]) -> T:
+        """What `do` returns, or raises, in the engine's thread between two steps. Steps wait for it."""
+        call = _Call(do)
+        with self._wake:
+            if self._closing or self.error is not None:
+                raise RuntimeError("the engine has stopped")
+            self._inbox.append(call)
+            self._wake.notify()
+        return call.answer.result()
+
     def healthy(self, max_stall_s: float) -> bool:
         """False once the thread ended, or while work waits and no step was finished for so long."""
         busy = self._busy_since
@@ -143,6 +157,9 @@ class EngineThread:
                 self._closing = True
                 reason: FinishReason = "cancelled" if self.error is None else "error"
                 left = list(self._sinks)
+                for item in self._inbox:
+                    if isinstance(item, _Call):
+                        item.answer.set_exception(RuntimeError("the engine has stopped"))
             self._deliver([_ended(key, reason, self.error) for key in left])
 
     def _receive(self, engine: Engine) -> bool:
@@ -151,12 +168,15 @@ class EngineThread:
             while not (self._inbox or engine.has_work or self._closing):
                 self._busy_since = None
                 self._wake.wait()
+            if self._closing:
+                return False
             inbox, self._inbox = self._inbox, []
-        if self._closing:
-            return False
         for item in inbox:
             if isinstance(item, str):
                 engine.cancel(item)
+                continue
+            if isinstance(item, _Call):
+                item.run(engine)
                 continue
             try:
                 engine.add(item)
@@ -183,8 +203,11 @@ class EngineThread:
             return
         policy = self._policy
         policy.sharing = self._sharing and runner.native is not None
-        if engine.decode_only and policy.note(engine.stats().step_seconds):
-            log.warning("steps are uneven, another process is busy: %d threads from now on", policy.wanted)
+        if engine.decode_only:
+            stats = engine.stats()
+            if policy.note(stats.step_seconds, stats.step_tokens):
+                threads = counted(policy.wanted, "thread")
+                log.warning("steps are uneven, another process is busy: %s from now on", threads)
         now, wanted = torch.get_num_threads(), policy.wanted
         if wanted != now and (not engine.has_work or self._same_bits(runner, now, wanted)):
             runner.set_threads(wanted)
@@ -195,6 +218,20 @@ class EngineThread:
         if pair not in self._known_bits:
             self._known_bits[pair] = runner.same_bits_with(wanted)
         return self._known_bits[pair]
+
+
+class _Call(Generic[T]):
+    """Something to do to the engine in its own thread, and what came of it."""
+
+    def __init__(self, do: Callable[[Engine], T]) -> None:
+        self._do = do
+        self.answer: Future[T] = Future()
+
+    def run(self, engine: Engine) -> None:
+        try:
+            self.answer.set_result(self._do(engine))
+        except Exception as error:
+            self.answer.set_exception(error)
 
 
 def _ended(key: tuple[str, int], reason: FinishReason, error: BaseException | None) -> Delta:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Container
 
 from axicon.generate.request import Limits, Request, RequestError, SamplingParams
 from axicon.generate.retention import check_kv, retention
@@ -11,17 +11,19 @@ from axicon.generate.retention import check_kv, retention
 SEEDS = range(-(1 << 63), 1 << 64)
 
 
-def check_request(request: Request, vocab: int, longest: int, limits: Limits, blocks: int = 0) -> None:
+def check_request(
+    request: Request, vocab: int, longest: int, limits: Limits, blocks: int = 0, adapters: Container[int] = ()
+) -> None:
     """Raises RequestError naming the field. `longest` is what prompt and answer may have together, in
-    tokens; `blocks` as in `Capacity`.
+    tokens; `blocks` as in `Capacity`; `adapters` are those that are held.
     """
     params = request.params
     _check_params(params, limits)
     _check_ids(request.prompt, vocab, "prompt")
     _check_ids(params.stop_token_ids, vocab, "stop_token_ids")
     _check_ids(params.logit_bias, vocab, "logit_bias")
-    if request.adapter != 0:
-        raise RequestError(f"adapter {request.adapter} is not loaded, this deployment holds none", "model")
+    if request.adapter and request.adapter not in adapters:
+        raise RequestError(f"adapter {request.adapter} is not held here", "model")
     length, output = len(request.prompt), params.max_tokens
     if length == 0:
         raise RequestError("the prompt is empty", "prompt")

@@ -22,17 +22,23 @@ FIRST_PAUSE_S, LONGEST_PAUSE_S = 30.0, 600.0
 
 
 class StepWatchdog:
-    """Fed with the wall times of steps that only decode."""
+    """Fed with the wall times of steps that only decode.
+
+    Only steps of about as much work are compared, which is up to twice as much: one of sixteen nodes takes
+    over three times as long as one of a single node, and nobody is busy.
+    """
 
     def __init__(self) -> None:
-        self._seconds: deque[float] = deque(maxlen=WINDOW)
+        self._seconds: dict[int, deque[float]] = {}
+        """By the binary digits of their number of nodes."""
 
-    def too_uneven(self, seconds: float) -> bool:
-        """Whether steps spread too far; then it begins anew."""
-        self._seconds.append(seconds)
-        if len(self._seconds) < FIRST_LOOK:
+    def too_uneven(self, seconds: float, nodes: int = 1) -> bool:
+        """Whether steps like this one spread too far; then it begins anew."""
+        alike = self._seconds.setdefault(nodes.bit_length(), deque(maxlen=WINDOW))
+        alike.append(seconds)
+        if len(alike) < FIRST_LOOK:
             return False
-        ordered = sorted(self._seconds)
+        ordered = sorted(alike)
         if ordered[-1 - HICCUPS] <= SPREAD * ordered[len(ordered) // 2]:
             return False
         self._seconds.clear()
@@ -62,9 +68,9 @@ class ThreadPolicy:
     def wanted(self) -> int:
         return 1 if self.sharing else self._fewer
 
-    def note(self, seconds: float) -> bool:
-        """A step that only decodes took so long. True when it is the one that shows that threads wait for
-        each other."""
+    def note(self, seconds: float, nodes: int = 1) -> bool:
+        """A step that only decodes so many nodes took so long. True when it is the one that shows that
+        threads wait for each other."""
         now = self._clock()
         if self._fewer < self._most and not self.sharing and now >= self._again_at:
             self._fewer = min(self._most, self._fewer * 2)
@@ -72,7 +78,7 @@ class ThreadPolicy:
             # Counts from now as in vain, until steps have stayed even for as long.
             self._again_at = now + self._pause_s
             return False
-        if not self._watchdog.too_uneven(seconds) or self.wanted == 1:
+        if not self._watchdog.too_uneven(seconds, nodes) or self.wanted == 1:
             return False
         in_vain = now < self._again_at
         self._pause_s = min(2 * self._pause_s, LONGEST_PAUSE_S) if in_vain else FIRST_PAUSE_S

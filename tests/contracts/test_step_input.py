@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from axicon.protocols import STEP_VERSION, LayeredPrompt, RowPolicy, StepInput
+from axicon.step import STEP_VERSION, KeptBlock, LayeredPrompt, RowPolicy, StepInput
 
 NUMBERS = st.integers(-(2**63), 2**63 - 1)
 ROWS = st.integers(0, 2**31)
+
+
+def records(kind: Any) -> st.SearchStrategy[Any]:
+    return st.builds(kind, *[ROWS] * len(kind._fields))
 
 
 @st.composite
@@ -25,8 +31,11 @@ def steps(draw: st.DrawFn) -> StepInput:
         *(column(NUMBERS) for _ in range(4)), column(flags).bool(), column(NUMBERS), column(flags).bool(),
         *(tuple(draw(st.lists(ROWS, max_size=5))) for _ in range(3)),
         reserves=tuple(draw(st.lists(st.tuples(ROWS, ROWS), max_size=4))),
-        policies=tuple(draw(st.lists(st.builds(RowPolicy, *[ROWS] * 6), max_size=3))),
-        layered=tuple(draw(st.lists(st.builds(LayeredPrompt, ROWS, ROWS), max_size=3))),
+        policies=tuple(draw(st.lists(records(RowPolicy), max_size=3))),
+        layered=tuple(draw(st.lists(records(LayeredPrompt), max_size=3))),
+        drops=tuple(draw(st.lists(ROWS, max_size=3))),
+        keeps=tuple(draw(st.lists(records(KeptBlock), max_size=3))),
+        reuses=tuple(draw(st.lists(records(KeptBlock), max_size=3))),
     )  # fmt: skip
 
 
@@ -57,12 +66,12 @@ def test_another_version_is_refused(step: StepInput, version: int) -> None:
 def test_a_step_cut_short_or_miscounted_is_refused(step: StepInput, data: st.DataObject) -> None:
     packed = step.pack()
     short = packed[: data.draw(st.integers(0, len(packed) - 1))]
-    place = data.draw(st.integers(1, 7))
+    place = data.draw(st.integers(1, 10))
     wrong = packed.clone()
     wrong[place] += data.draw(st.sampled_from([-1, 1, 1 << 40, -(1 << 40)]))
     shifted = packed.clone()  # the length is right: one list has an entry more, reserves an entry less
-    shifted[4] += 1
-    shifted[5] -= 1
+    shifted[5] += 1
+    shifted[6] -= 1
     negative = packed.clone()  # so is it here
     negative[2], negative[3] = -1, packed[2] + packed[3] + 1
     for bad in (short, torch.cat([packed, packed[:1]]), wrong, shifted, negative):

@@ -85,14 +85,47 @@ def test_streams_over_http_are_counted(model: Path, monkeypatch: pytest.MonkeyPa
     with serving(recipe, engine_thread) as live:
         bench = server.ServerBench(url=live.url)
         prompts = make_prompts(3, 20, 400)
-        figures = asyncio.run(server.served(bench, prompts, 30))
-        one = asyncio.run(server.stream(bench, prompts[0], 5, 0.0))
+        ends = [asyncio.run(server.whole(bench, prompt, 30)) for prompt in prompts]
+        figures = asyncio.run(server.served(bench, prompts, ends))
+        short = asyncio.run(server.whole(bench, prompts[0], 5))
+        one = asyncio.run(server.stream(bench, prompts[0], short, 0.0))
         with pytest.raises(AxiconError, match=r"the server said HTTP/1.1 400 .*max_tokens"):
-            asyncio.run(server.stream(bench, prompts[0], 5000, 0.0))
-    assert one.tokens == 5
+            asyncio.run(server.whole(bench, prompts[0], 5000))
+        with pytest.raises(AxiconError, match="characters, and 1000 when it was asked before"):
+            asyncio.run(server.stream(bench, prompts[0], [*short[:4], 1000], 0.0))
+    assert one.counts[-1] == 5
+    assert one.counts == sorted(one.counts)
     assert 1 <= len(one.events) <= 5
     assert figures["decode_rate"] > 0
     assert 1.0 <= figures["tokens_per_event"] <= 30
+
+
+@pytest.mark.parametrize("gathered", [0.0, 0.02])
+def test_the_rate_over_http_is_that_of_the_steps(gathered: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eight streams that begin in two steps, and are told of after so many seconds at the earliest."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+    import server
+
+    step, tokens = 0.007, 64
+    made, told_of = [0] * 8, [0] * 8
+    streams = [server.Stream(events=[], counts=[]) for _ in range(8)]
+    now = told = 0.0
+    for number in range(tokens + 1):
+        now += 0.035 if number < 2 else step
+        due = now - told >= gathered
+        for one in range(4 if number == 0 else 8):
+            if made[one] < tokens:
+                made[one] += 1
+                due = due or made[one] in (1, tokens)
+        if due:
+            told = now
+            for one in range(8):
+                if made[one] > told_of[one]:
+                    # One write after another, and the first of a stream takes longest.
+                    streams[one].events.append(now + 1e-4 * one + (0.004 * one if told_of[one] == 0 else 0))
+                    streams[one].counts.append(made[one])
+                    told_of[one] = made[one]
+    assert server.decode_rate(streams) == pytest.approx(8 / step, rel=1e-6)
 
 
 def test_no_server_is_one_line(free_port: int) -> None:

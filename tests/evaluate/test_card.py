@@ -89,6 +89,7 @@ class TestJudgement:
         assert is_worse(task(0.6, 0.4)) is True
         assert is_worse({}) is None
         assert "an accuracy 20.0 points lower" in judgement(task(0.6, 0.4))
+        assert "the same accuracy within its noise" in judgement(task(0.6, 0.5))
 
 
 class TestAgreement:
@@ -156,7 +157,7 @@ class TestServing:
         assert 2**20 < found.peak_memory < 2**31
         assert len(found.continuations) == len(agreement.PROMPTS)
         assert found.reason == {}
-        assert "1 threads, bfloat16" in found.conditions
+        assert "1 thread, bfloat16" in found.conditions
         assert len(said) == 6
 
     def test_what_it_cannot_do_is_one_line(self, tmp_path: Path) -> None:

@@ -29,10 +29,9 @@ class Reference:
         self.model = model
 
     def __call__(self, tokens_N: Tensor, positions_N: Tensor, attend: Any) -> Tensor:
-        texts = torch.split(tokens_N, attend.lengths)
-        assert [text.tolist() for text in torch.split(positions_N, attend.lengths)] == [
-            list(range(length)) for length in attend.lengths
-        ]
+        begins = (positions_N == 0).nonzero().flatten().tolist()
+        texts = torch.tensor_split(tokens_N, begins[1:])
+        assert positions_N.tolist() == [position for text in texts for position in range(len(text))]
         return torch.cat([self.model.model(text[None]).last_hidden_state[0] for text in texts])
 
     def head(self, x_ND: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from axicon.generate.runner import LocalRunner
 from axicon.model.decoder import Decoder
 from axicon.model.shape import ModelShape
-from axicon.protocols import StepInput
+from axicon.step import StepInput
 
 VOCAB = 96
 

@@ -11,11 +11,13 @@ import torch
 from torch import Tensor
 
 from axicon.generate.eviction import KV_POLICIES, METHODS
+from axicon.generate.eviction.h2o import DECAY
 from axicon.generate.runner import LocalRunner
 from axicon.kernels import native
 from axicon.model.cache import size_class
 from axicon.model.decoder import Decoder
-from axicon.protocols import LastRows, LayeredPrompt, RowPolicy, StepInput
+from axicon.protocols import LastRows
+from axicon.step import LayeredPrompt, RowPolicy, StepInput
 
 PROMPT, ANSWER, EVERY = 45, 41, 8
 TEXT = (2 + torch.randperm(94, generator=torch.Generator().manual_seed(5))[: PROMPT + ANSWER]).tolist()
@@ -27,8 +29,10 @@ Kept = list[list[list[int]]]
 class Simulation:
     """A decoder with one request, whose heads hold lists: positions, keys, values, attention received."""
 
-    def __init__(self, decoder: Decoder, name: str, budget: int, recent: int, sinks: int) -> None:
+    def __init__(self, decoder: Decoder, policy: RowPolicy) -> None:
+        name, budget, recent, sinks = METHODS[policy.method], policy.budget, policy.recent, policy.sinks
         self.decoder, self.method = decoder, KV_POLICIES[name]
+        self.variant = (*self.method.variants, "")[policy.variant]
         self.budget, self.recent, self.sinks = budget, recent, sinks
         self.policy = name
         shape = decoder.shape.blocks[0]
@@ -67,7 +71,8 @@ class Simulation:
                     old = [0.0] * len(seen) if fresh else head["paid"]
                     head["paid"] = [a + float(b) * watched for a, b in zip(old, total, strict=True)]
                 else:
-                    head["paid"] = [a + float(b) for a, b in zip(head["paid"], total, strict=True)]
+                    left = DECAY if self.variant == "decay" else 1.0
+                    head["paid"] = [left * a + float(b) for a, b in zip(head["paid"], total, strict=True)]
         if self.end_of_prompt:
             self.cut(block.index, block.window)
         return out
@@ -79,6 +84,8 @@ class Simulation:
             paid = torch.tensor(head["paid"], dtype=torch.float64)
             if mean is not None:
                 paid = mean
+            if self.variant == "mean":
+                paid = paid / (max(head["at"]) + 1 - torch.tensor(head["at"]))
             if self.policy == "key_norm":
                 paid = -torch.stack(head["k"]).norm(dim=1)
             if self.policy == "snapkv":
@@ -151,6 +158,12 @@ CONFIGS = {
     "llama": {},
     "sliding window": {"model_type": "mistral", "sliding_window": 12},
     "wide window": {"model_type": "mistral", "sliding_window": 30},
+    "some layers slide": {
+        "model_type": "qwen2",
+        "use_sliding_window": True,
+        "sliding_window": 12,
+        "max_window_layers": 1,
+    },
     "opt": {"model_type": "opt", "ffn_dim": 64, "word_embed_proj_dim": 48, "num_attention_heads": 6},
 }
 SMALL = {
@@ -175,17 +188,19 @@ def new_decoder(
 
 
 def settings(name: str, budget: int = 20) -> RowPolicy:
+    name, _, variant = name.partition(" ")
     recent = {"h2o": 7, "window": budget - 4, "snapkv": 8, "tova": 1, "key_norm": 6}[name]
     spare = 0 if KV_POLICIES[name].once else EVERY
-    return RowPolicy(0, METHODS.index(name), budget, recent, 4, spare)
+    number = KV_POLICIES[name].variants.index(variant) if variant else 0
+    return RowPolicy(0, METHODS.index(name), budget, recent, 4, spare, number)
 
 
 @pytest.mark.parametrize("model", CONFIGS)
-@pytest.mark.parametrize("name", KV_POLICIES)
+@pytest.mark.parametrize("name", [*KV_POLICIES, "h2o mean", "h2o decay"])
 def test_every_policy_equals_the_simulation(make_decoder, make_step, model, name) -> None:
     decoder = new_decoder(make_decoder, model, torch.float64)
     policy = settings(name)
-    want, want_kept = Simulation(decoder, name, policy.budget, policy.recent, policy.sinks).run()
+    want, want_kept = Simulation(decoder, policy).run()
     runner = LocalRunner(decoder, kv_bytes=8 << 20, max_rows=4, prefill_chunk=16)
     got, got_kept = drive(runner, make_step, policy)
     assert got_kept == want_kept
@@ -237,6 +252,41 @@ def test_the_kernels_compute_from_what_they_kept(make_decoder, make_step, model,
     error = (got - want).abs().amax(1) / want.abs().amax(1)
     assert error.max() < 0.12
     assert error.median() < 0.02
+
+
+@pytest.mark.parametrize("name", [*KV_POLICIES, "h2o mean", "h2o decay"])
+def test_what_stays_does_not_depend_on_the_chunks_of_the_prompt(make_decoder, make_step, name) -> None:
+    decoder = new_decoder(make_decoder, "some layers slide", torch.float64)
+    found = [
+        drive(
+            LocalRunner(decoder, kv_bytes=8 << 20, max_rows=4, prefill_chunk=chunk), make_step, settings(name)
+        )
+        for chunk in (1, 7, 16, 64)
+    ]
+    assert all(kept == found[0][1] for _, kept in found)
+    for logits, _ in found:
+        torch.testing.assert_close(logits, found[0][0], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", KV_POLICIES)
+def test_a_group_of_equal_heads_keeps_what_each_would_keep(make_decoder, make_step, name) -> None:
+    """Two key heads for six query heads, of which three and three are alike, against six key heads."""
+    few = make_decoder(torch.float64)
+    many = make_decoder(torch.float64, num_key_value_heads=6)
+    for ours, theirs in zip(few.blocks, many.blocks, strict=True):
+        q_HKD = ours.qkv.weight.data[:48].view(6, 8, 48)
+        q_HKD[1:3], q_HKD[4:] = q_HKD[0], q_HKD[3]
+        k_GKD, v_GKD = ours.qkv.weight.data[48:].view(2, 2, 8, 48)
+        parts = [q_HKD, k_GKD.repeat_interleave(3, 0), v_GKD.repeat_interleave(3, 0)]
+        shared = ours.state_dict() | {"qkv.weight": torch.cat(parts).flatten(0, 1)}
+        theirs.load_state_dict(shared)
+    many.load_state_dict({k: v for k, v in few.state_dict().items() if "qkv" not in k}, strict=False)
+    runs = [
+        drive(LocalRunner(decoder, kv_bytes=8 << 20, max_rows=4, prefill_chunk=16), make_step, settings(name))
+        for decoder in (few, many)
+    ]
+    assert [[[heads[g] for g in (0, 0, 0, 1, 1, 1)] for heads in step] for step in runs[0][1]] == runs[1][1]
+    torch.testing.assert_close(runs[0][0], runs[1][0], rtol=1e-4, atol=1e-4)
 
 
 def test_column_sums_are_what_the_queries_gave(make_decoder, make_step) -> None:
@@ -316,6 +366,8 @@ def test_a_step_that_breaks_the_contract_is_refused(runner64, make_step) -> None
         "no layered prompt to begin": make_step(layered=((0, 1),)),
         "no policy": make_step(
             prompt, reserves=((0, 64),), policies=(policy._replace(method=99),), layered=((0, 1),)),
+        "or no policy": make_step(
+            prompt, reserves=((0, 64),), policies=(policy._replace(variant=3),), layered=((0, 1),)),
     }  # fmt: skip
     for message, step in bad.items():
         with pytest.raises(ValueError, match=message):

@@ -13,6 +13,7 @@ from axicon.generate.attend import StepAttention
 from axicon.generate.spans import Span
 from axicon.model.attention import reference_attention
 from axicon.model.cache import SMALLEST, ExtentPool, KVCache, size_class
+from axicon.model.variant import PLAIN
 
 G, H, K = 2, 6, 8
 
@@ -152,7 +153,8 @@ def test_attention_over_whole_and_evicted_rows(window, evicted, parents):
         positions.append(20 if parent < 0 else positions[parent] + 1)
     span = Span(0, 0, tokens, tuple(positions), parents, forced=False)
     q, k, v = random(tokens, H, K, seed=3), random(tokens, G, K, seed=4), random(tokens, G, K, seed=5)
-    got = StepAttention([span], [row])(SimpleNamespace(index=0, scale=0.3, window=window), q, k, v)
+    block = SimpleNamespace(index=0, scale=0.3, window=window, variant=PLAIN)
+    got = StepAttention([span], [row])(block, q, k, v)
     sees = span.ancestors()
     for head in range(H):
         g = head // (H // G)
@@ -166,7 +168,7 @@ def test_attention_over_whole_and_evicted_rows(window, evicted, parents):
 def test_decode_rows_anywhere_in_a_step_and_padding():
     """Rows of several requests, mixed with a chunk and padding, equal each request attended to by itself."""
     cache = new_cache()
-    block = SimpleNamespace(index=4, scale=0.3, window=None)
+    block = SimpleNamespace(index=4, scale=0.3, window=None, variant=PLAIN)
     for row, length in ((0, 7), (1, 11), (2, 3)):
         cache.open(row, 64)
         cache.rows[row].layers[0].stage(random(length, G, K, seed=row), random(length, G, K, seed=9 + row), 0)

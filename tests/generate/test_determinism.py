@@ -67,6 +67,24 @@ def test_equal_bytes_alone_in_a_batch_and_staggered(make_decoder, letters, dtype
     assert_promise(engine, requests(96, [1, 2, 15, 16, 17, 40, 33, 5], 12))
 
 
+@pytest.mark.parametrize("seed", [0, 3, 5])
+def test_tiny_products_whose_last_bit_seldom_depends_on_the_batch(make_decoder, letters, seed):
+    """One row of these is summed in another order than two; the probe must see what one number in ten
+    thousand shows.
+    """
+    decoder = make_decoder(torch.bfloat16, hidden_size=64, head_dim=32)
+    engine = Engine(
+        LocalRunner(decoder, kv_bytes=8 << 20, max_rows=8, prefill_chunk=16), letters, eos_ids=[1]
+    )
+    params = SamplingParams(max_tokens=20, temperature=0.0, ignore_eos=True, logprobs=2)
+    work = []
+    for i, length in enumerate((30, 41, 37, 50)):
+        generator = torch.Generator().manual_seed(100 * seed + i)
+        prompt = torch.randint(2, 96, (length,), generator=generator).tolist()
+        work.append(Request(id=str(i), prompt=prompt, params=params))
+    assert_promise(engine, work)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_the_other_path_keeps_the_promise_too(make_decoder, letters, dtype):
     decoder = make_decoder(dtype)

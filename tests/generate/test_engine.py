@@ -13,7 +13,7 @@ from axicon.generate.engine import FAILURES_BORNE, Engine
 from axicon.generate.request import Limits, Overloaded, Request, RequestError, SamplingParams
 from axicon.generate.runner import LocalRunner
 from axicon.generate.sampling.sample import logprobs
-from axicon.protocols import StepOutput
+from axicon.step import StepOutput
 
 GREEDY = {"temperature": 0.0, "ignore_eos": True}
 

@@ -91,6 +91,7 @@ def test_a_budget_that_holds_everything_costs_nothing(engine):
 def test_mixed_policies_in_one_batch_change_nothing(engine):
     kinds = [None, *(KVSettings(policy=name, budget=0.3) for name in KV_POLICIES)]
     kinds.append(KVSettings(policy="h2o", budget=40, recent=10, sinks=0, evict_every=5))
+    kinds += [KVSettings(policy="h2o", budget=0.3, score=score) for score in ("mean", "decay")]
     work = [
         request("r" * (i + 1), 30 + 11 * i, kv, 30, temperature=0.0 if i % 2 else 0.8, seed=i)
         for i, kv in enumerate(kinds)
@@ -150,7 +151,11 @@ def test_admission_sets_aside_the_exact_maximum(make_decoder, letters):
         failed += [d.error for d in engine.step() if d.error]
         peak = max(peak, engine.stats().running)
         stats = engine.stats()
-        assert stats.kv_bytes <= most
+        assert sum(stats.kv_bytes.values()) <= most
+        held = {"full": 0, "h2o": 0}
+        for row, cache in runner.cache.rows.items():
+            held["h2o" if row in runner._bounded else "full"] += sum(a.extent.nbytes for a in cache.layers)
+        assert {"h2o": 0, **stats.kv_bytes} == held
         assert sum(stats.kv_slots.values()) == stats.slots_reserved
     assert not failed
     assert peak >= 8
@@ -195,6 +200,8 @@ def test_what_settings_come_to(kv, want):
         ({"policy": "h2o", "evict_every": 0}, "kv.evict_every"),
         ({"policy": "h2o", "evict_every": 257}, "kv.evict_every"),
         ({"policy": "h2o", "budged": 3}, "kv.budged"),
+        ({"policy": "h2o", "score": "max"}, "kv.score"),
+        ({"policy": "tova", "score": "sum"}, "kv.score"),
     ],
 )
 def test_what_cannot_be_kept_is_refused_by_name(engine, kv, param):
@@ -217,10 +224,11 @@ def test_other_refusals(engine):
     engine.step()
 
 
-@pytest.mark.parametrize("policy", [None, *KV_POLICIES])
+@pytest.mark.parametrize("policy", [None, *KV_POLICIES, "h2o decay"])
 def test_guessing_ahead_changes_nothing(engine, policy):
     """The cache is cut where it is cut without guesses, and from the same scores."""
-    kv = policy and KVSettings(policy=policy, budget=0.4)
+    name, _, score = (policy or "").partition(" ")
+    kv = policy and KVSettings(policy=name, budget=0.4, score=score or None)
     bias = {"logit_bias": {7: 20.0, 8: 21.0, 9: 20.0}}
     plain = run(engine, [(0, request(kv=kv, max_tokens=60, **bias))])["a"]
     guessing = request(

@@ -16,10 +16,11 @@ from axicon.generate.engine import Engine
 from axicon.generate.request import Delta, Request, SamplingParams
 from axicon.generate.runner import LocalRunner
 from axicon.generate.thread import EngineThread
+from axicon.generate.watchdog import StepWatchdog
 from axicon.kernels import native
 from axicon.model.decoder import Decoder
 from axicon.model.shape import ModelShape
-from axicon.protocols import StepInput
+from axicon.step import StepInput
 
 CONFIG = {
     "model_type": "llama",
@@ -133,7 +134,11 @@ def asked(thread: EngineThread) -> tuple[set[int], tuple[int, ...]]:
     return threads, tuple(tokens)
 
 
-def test_one_thread_while_a_job_shares_the_machine_and_the_same_text(letters: object) -> None:
+def test_one_thread_while_a_job_shares_the_machine_and_the_same_text(
+    letters: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # On a busy machine steps are uneven, and threads would be fewer for that.
+    monkeypatch.setattr(StepWatchdog, "too_uneven", lambda *about: False)
     fast, before = runner(tiny()), torch.get_num_threads()
 
     def build() -> Engine:

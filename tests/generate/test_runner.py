@@ -11,7 +11,7 @@ import torch
 
 from axicon.generate.runner import LocalRunner
 from axicon.model.cache import size_class
-from axicon.protocols import StepInput
+from axicon.step import StepInput
 
 
 def chain(tokens, row, start=0, base=0):

@@ -13,7 +13,7 @@ from axicon.generate.pace import Pace
 from axicon.generate.request import Request, SamplingParams
 from axicon.generate.scheduler import Scheduler, Stream
 from axicon.model.cache import size_class
-from axicon.protocols import Capacity
+from axicon.step import Capacity
 
 CAPACITY = Capacity(slots=640, max_rows=4, max_positions=512, prefill_chunk=32, bytes_per_slot=1, vocab=10)
 

@@ -9,7 +9,7 @@ import torch
 
 from axicon.generate.runner import Checked, LocalRunner
 from axicon.model.decoder import Decoder
-from axicon.protocols import StepInput
+from axicon.step import StepInput
 
 TEXT = torch.randint(2, 96, (40,), generator=torch.Generator().manual_seed(3)).tolist()
 

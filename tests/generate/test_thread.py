@@ -258,6 +258,9 @@ def test_watchdog_forgives_hiccups_and_sees_uneven_steps_soon():
     answers = [dog.too_uneven(0.05 if i % 5 == 2 else 0.01) for i in range(FIRST_LOOK)]
     assert answers == [False] * (FIRST_LOOK - 1) + [True]
     assert not any(dog.too_uneven(0.02) for _ in range(WINDOW)), "slower, but even"
+    dog = StepWatchdog()
+    for nodes in (1, 16, 1, 8):
+        assert not any(dog.too_uneven(0.003 + 0.0007 * nodes, nodes) for _ in range(30)), "more to compute"
 
 
 def test_threads_come_back_and_are_tried_later_after_every_try_in_vain():
@@ -292,7 +295,7 @@ def test_threads_come_back_and_are_tried_later_after_every_try_in_vain():
 
 def test_uneven_steps_halve_the_threads_and_change_the_fingerprint(decoder64, letters, monkeypatch):
     before = torch.get_num_threads()
-    monkeypatch.setattr(StepWatchdog, "too_uneven", lambda self, seconds: True)
+    monkeypatch.setattr(StepWatchdog, "too_uneven", lambda self, seconds, nodes: True)
     prints = []
 
     def build():

@@ -23,9 +23,12 @@ class KeyNorm:
     """Newest slots, always kept; 0 in the paper."""
     sinks: int = 4
     """First positions, always kept; 0 in the paper."""
+    variant: int = 0
     needs: ClassVar[Needs] = "none"
     once: ClassVar[bool] = False
     recent_share: ClassVar[float] = 0.5
+    variants: ClassVar[tuple[str, ...]] = ()
+    decay: ClassVar[float] = 1.0
 
     def score(self, cache: LayerCache, stats_GS: Tensor | None, slots: int) -> Tensor:
         return -cache.keys_GCK[:, :slots].float().norm(dim=-1)

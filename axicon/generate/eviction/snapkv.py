@@ -29,9 +29,12 @@ class SnapKV:
     """Newest slots of the prompt, always kept."""
     sinks: int = 4
     """First positions, always kept; 0 in the paper."""
+    variant: int = 0
     needs: ClassVar[Needs] = LastRows(OBSERVED)
     once: ClassVar[bool] = True
     recent_share: ClassVar[float] = 0.25
+    variants: ClassVar[tuple[str, ...]] = ()
+    decay: ClassVar[float] = 1.0
 
     def score(self, cache: LayerCache, stats_GS: Tensor | None, slots: int) -> Tensor:
         assert stats_GS is not None

@@ -24,9 +24,12 @@ class TOVA:
     """Newest slots, always kept."""
     sinks: int = 4
     """First positions, always kept; 0 in the paper."""
+    variant: int = 0
     needs: ClassVar[Needs] = LastRows(1)
     once: ClassVar[bool] = False
     recent_share: ClassVar[float] = 0.0
+    variants: ClassVar[tuple[str, ...]] = ()
+    decay: ClassVar[float] = 1.0
 
     def score(self, cache: LayerCache, stats_GS: Tensor | None, slots: int) -> Tensor:
         assert stats_GS is not None

@@ -24,9 +24,12 @@ class Window:
     """Without meaning here: all but the sinks is recent."""
     sinks: int = 4
     """First positions, always kept."""
+    variant: int = 0
     needs: ClassVar[Needs] = "none"
     once: ClassVar[bool] = False
     recent_share: ClassVar[float] = 0.0
+    variants: ClassVar[tuple[str, ...]] = ()
+    decay: ClassVar[float] = 1.0
 
     def score(self, cache: LayerCache, stats_GS: Tensor | None, slots: int) -> Tensor:
         return cache.positions(slots)
