@@ -31,11 +31,13 @@ from axicon.errors import AxiconError, RunFailed
 from axicon.generate.build import Dtype
 from axicon.generate.runner import Checked, digest_of
 from axicon.model import checkpoint
+from axicon.model.adapterfile import Adapter
 from axicon.place import Plan, balanced
-from axicon.protocols import Capacity, StepInput, StepOutput
+from axicon.step import Capacity, StepInput, StepOutput
 
 log = logging.getLogger("axicon")
 
+GONE = "its process has ended"
 PING_S = 2.0
 """How long the shards have to say what went wrong, after something did."""
 
@@ -100,6 +102,13 @@ class ShardGroup:
 
     def slots_reserved(self, tokens: int) -> int:
         return self._runner.slots_reserved(tokens)
+
+    def hold(self, number: int, adapter: Adapter | None) -> None:
+        if adapter is not None:
+            raise AxiconError("a model in stages serves no adapters; serve it in one process, or merged")
+
+    def positions(self, row: int) -> None:
+        """Rows hold everything."""
 
     def forward(self, step: StepInput) -> StepOutput:
         """Raises ValueError as `Runner.forward` does, RunFailed when a shard fails or is lost."""
@@ -201,7 +210,7 @@ class ShardGroup:
         meeting, store = open_meeting(len(self.plan), ray.util.get_node_ip_address(), self._timeout_s)
         joining = [shard.join.remote(meeting, rank) for rank, shard in enumerate(self._shards, 1)]
         try:
-            self._link = Transport(meeting, 0, store)
+            self._link = Transport(meeting, 0, store, self._ended)
         except Lost:
             self._results(joining, time.monotonic() + PING_S)  # a shard may know more
             raise
@@ -262,8 +271,13 @@ class ShardGroup:
             try:
                 found[answers[answer]] = ray.get(answer)
             except RayActorError:
-                found[answers[answer]] = "its process has ended"
+                found[answers[answer]] = GONE
         return dict(sorted(found.items()))
+
+    def _ended(self) -> str:
+        """The shards whose processes have ended, in words; empty where none has."""
+        ailing = self._conditions().items()
+        return "; ".join(f"{self._name(rank)}: {text}" for rank, text in ailing if text == GONE)
 
     @property
     def _linked(self) -> Transport:

@@ -18,7 +18,7 @@ from axicon import __version__
 from axicon.generate.build import Dtype
 from axicon.generate.runner import LocalRunner
 from axicon.model import checkpoint
-from axicon.protocols import STEP_VERSION, StepInput
+from axicon.step import STEP_VERSION, StepInput
 
 log = logging.getLogger("axicon")
 

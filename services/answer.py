@@ -49,7 +49,8 @@ class Answer:
             if index not in self._opened:
                 self._opened.add(index)
                 text += self.form.opening(index)
-            if delta.text or delta.logprobs or delta.prompt_logprobs or delta.finish_reason:
+            scores = delta.logprobs or delta.prompt_logprobs
+            if delta.text or scores or delta.origins or delta.finish_reason:
                 text += self.form.event(index, delta)
             choice = self._choices[index]
             choice.count(delta)
@@ -68,6 +69,7 @@ class Answer:
         return Usage(
             sum(choice.prompt_tokens for choice in self._choices[:: self._per_prompt]),
             sum(choice.completion_tokens for choice in self._choices),
+            sum(choice.cached for choice in self._choices[:: self._per_prompt]),
             sum(choice.accepted for choice in self._choices) if self._guesses else None,
             sum(choice.rejected for choice in self._choices),
         )

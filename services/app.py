@@ -82,7 +82,13 @@ def build(args: ServeRecipe) -> Application:
     get digests only.
     """
     digests = tuple(digest.hex() for digest in args.api_key_digests())
-    recipe = args.model_copy(update={"api_key_hashes": digests, "api_keys_env": None})
+    admins = tuple(digest.hex() for digest in args.admin_key_digests())
+    recipe = args.model_copy(
+        update={
+            "api_key_hashes": digests, "api_keys_env": None, "admin_key_hashes": admins,
+            "admin_keys_env": None,
+        }
+    )  # fmt: skip
     deploy = serve.deployment(
         name="Generator",
         # Our own refusal (429 with an error body and an estimated Retry-After) comes first.
@@ -96,6 +102,7 @@ def build(args: ServeRecipe) -> Application:
         max_constructor_retry_count=1,
         # The new one answers before the old one goes, and if it cannot start, the old one stays.
         max_surge_percent=100,
-        ray_actor_options={"num_cpus": 1},
+        # Ray hides GPUs from those who do not ask for one.
+        ray_actor_options={"num_cpus": 1, "num_gpus": 1 if recipe.device == "cuda" else 0},
     )
     return deploy(serve.ingress()(Generator)).bind(recipe)

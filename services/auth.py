@@ -12,7 +12,8 @@ import hashlib
 import hmac
 import ipaddress
 import logging
-from collections.abc import Callable, Iterable
+import re
+from collections.abc import Callable, Iterable, Sequence
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -23,6 +24,10 @@ log = logging.getLogger("axicon")
 
 OPEN = frozenset({"/", "/health", "/pages/playground.js", "/pages/playground.css", "/pages/icon.svg"})
 """Paths that answer without a key."""
+ADMIN = frozenset({"/v1/load_lora_adapter", "/v1/unload_lora_adapter"})
+"""Paths that change what is served."""
+OPEN_SWEEPS = re.compile(r"/sweeps(/[^/]+/sweep\.html|/pages/[\w-]+\.(js|css))?")
+"""The empty pages of sweeps and their parts; what they show is asked for with the key."""
 
 
 def digest(key: bytes) -> bytes:
@@ -33,10 +38,14 @@ def digest(key: bytes) -> bytes:
 class Access:
     """Decides about one request from where it comes, its path and its headers."""
 
-    def __init__(self, digests: Iterable[bytes] = (), hosts: Iterable[str] = ()) -> None:
+    def __init__(
+        self, digests: Iterable[bytes] = (), hosts: Iterable[str] = (), admins: Iterable[bytes] = ()
+    ) -> None:
         """`digests`: SHA-256 digests of keys. `hosts`: further host names to answer to when there are no
-        keys; whoever sets them takes it on himself who can connect."""
-        self.digests = tuple(digests)
+        keys; whoever sets them takes it on himself who can connect. `admins`: digests of keys that may do
+        everything; nobody else may change what is served."""
+        self.admins = tuple(admins)
+        self.digests = (*(own := tuple(digests)), *(self.admins if own else ()))
         self.hosts = frozenset(host.lower() for host in hosts)
 
     @property
@@ -46,8 +55,10 @@ class Access:
 
     def check(self, path: str, headers: Headers, peer: str | None = None) -> None:
         """`peer`: the address that the connection comes from. Raises ApiError 401 or 403."""
+        if path in ADMIN:
+            self._check_admin(headers.get("authorization", ""))
         if self.digests:
-            if path not in OPEN:
+            if path not in OPEN and not OPEN_SWEEPS.fullmatch(path):
                 self._check_key(headers.get("authorization", ""))
         elif not self.hosts and peer is not None and not is_loopback(peer):
             raise ApiError(
@@ -56,12 +67,22 @@ class Access:
         else:
             self._check_host(headers.get("host", ""))
 
-    def _check_key(self, authorization: str) -> None:
-        scheme, _, key = authorization.partition(" ")
-        offered = digest(key.strip().encode("latin-1"))  # the header's own bytes
-        # All are compared, whichever matches: time says nothing about the keys.
-        matches = [hmac.compare_digest(offered, kept) for kept in self.digests]
-        if scheme.lower() != "bearer" or not any(matches):
+    def namespace(self, headers: Headers) -> str:
+        """What tells callers apart whom `check` let in: one for each key, and one where there are none."""
+        return digest(_key_of(headers.get("authorization", ""))).hex() if self.digests else ""
+
+    def _check_admin(self, authorization: str) -> None:
+        if authorization and not self.admins:
+            raise ApiError(
+                403, "Nobody may change what this server serves: it was started without admin_keys_env.",
+                code="no_admin_keys",
+            )  # fmt: skip
+        if _holds(self.digests, authorization) and not _holds(self.admins, authorization):
+            raise ApiError(403, "This takes an admin key.", code="admin_key_required")
+        self._check_key(authorization, self.admins)
+
+    def _check_key(self, authorization: str, digests: Sequence[bytes] | None = None) -> None:
+        if not _holds(self.digests if digests is None else digests, authorization):
             what = "This API key is not valid." if authorization else "An API key is required."
             headers = {"WWW-Authenticate": 'Bearer realm="axicon"'}
             raise ApiError(
@@ -73,6 +94,19 @@ class Access:
         if host not in self.hosts and not is_loopback(host):
             message = "Without API keys this server answers only to loopback host names."
             raise ApiError(403, f"{message} Set API keys or allowed_hosts.", code="host_not_allowed")
+
+
+def _holds(digests: Iterable[bytes], authorization: str) -> bool:
+    """Whether a header offers one of these keys."""
+    scheme, offered = authorization.partition(" ")[0], digest(_key_of(authorization))
+    # All are compared, whichever matches: time says nothing about the keys.
+    matches = [hmac.compare_digest(offered, kept) for kept in digests]
+    return scheme.lower() == "bearer" and any(matches)
+
+
+def _key_of(authorization: str) -> bytes:
+    """The key behind the scheme, in the header's own bytes."""
+    return authorization.partition(" ")[2].strip().encode("latin-1")
 
 
 def host_of(header: str) -> str:

@@ -16,9 +16,18 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, cast
 
 from axicon.errors import AxiconError
-from axicon.generate.request import Delta, KVSettings, Limits, Overloaded, Request, RequestError
+from axicon.generate.request import (
+    Delta,
+    KVSettings,
+    Limits,
+    Overloaded,
+    Request,
+    RequestError,
+    Speculation,
+)
 from axicon.model.presence import living, present
 from axicon.recipe import ServeRecipe
+from services.adapters import Adapters
 from services.auth import Access
 from services.errors import ApiError
 from services.metrics import Metrics
@@ -48,8 +57,10 @@ def engine_thread(recipe: ServeRecipe) -> EngineThread:
     from axicon.compress.walk import Compress
     from axicon.generate.build import build_engine
     from axicon.generate.retention import check_kv
+    from axicon.generate.speculate import read
     from axicon.generate.thread import EngineThread
     from axicon.model import checkpoint
+    from axicon.model.adapterfile import locate
 
     # What is wrong shows before the thread is started.
     recipe.build_compressor()
@@ -60,17 +71,24 @@ def engine_thread(recipe: ServeRecipe) -> EngineThread:
         max_stops=recipe.limits.stops,
         max_logit_bias=recipe.limits.logit_bias,
         kv_floor=recipe.kv_floor,
+        prefix_cache=recipe.prefix_cache,
     )
     try:
         check_kv(KVSettings(**recipe.kv.model_dump()), limits, blocks=1)
     except RequestError as error:
         raise AxiconError(f"kv: {error}") from None
+    if recipe.speculation.method != "none":
+        try:
+            read(Speculation(**recipe.speculation.model_dump()), recipe.draft_nodes, recipe.draft is not None)
+        except RequestError as error:
+            raise AxiconError(f"speculation: {error}") from None
 
     def build() -> Engine:
-        folder = checkpoint.resolve(recipe.model, offline=recipe.offline, revision=recipe.revision)
-        compressor = recipe.build_compressor(checkpoint.packed_formats(folder))
+        where = locate(recipe.model, offline=recipe.offline, revision=recipe.revision)
+        base = where.base
+        compressor = recipe.build_compressor(checkpoint.packed_formats(base), checkpoint.shape_of(base))
         return build_engine(
-            str(folder),
+            str(where.folder),
             dtype=recipe.dtype,
             threads=recipe.threads,
             kv_gib=recipe.kv_gib,
@@ -80,6 +98,7 @@ def engine_thread(recipe: ServeRecipe) -> EngineThread:
             transform=None if compressor is None else Compress(compressor),
             draft=recipe.draft,
             draft_nodes=recipe.draft_nodes,
+            device=recipe.device,
         )
 
     return EngineThread(build)
@@ -92,8 +111,9 @@ class GenerationServer:
         self, recipe: ServeRecipe, make_thread: Callable[[ServeRecipe], EngineThread] = engine_thread
     ) -> None:
         self.recipe = recipe
-        self.access = Access(recipe.api_key_digests(), recipe.allowed_hosts)
+        self.access = Access(recipe.api_key_digests(), recipe.allowed_hosts, recipe.admin_key_digests())
         self.thread = make_thread(recipe)
+        self.adapters = Adapters(recipe, self.thread)
         self._served: Served | None = None
         self._metrics: Metrics | None = None
         self._mailbox: Mailbox | None = None
@@ -106,8 +126,10 @@ class GenerationServer:
         await asyncio.to_thread(self.thread.start)
         self._signs.enter_context(present("server"))
         self._mailbox = Mailbox(asyncio.get_running_loop(), self._observe)
-        self._served = served = await asyncio.to_thread(self._describe)
-        self._metrics = Metrics(served.name, self.thread.stats)
+        served = await asyncio.to_thread(self._describe)
+        await self.adapters.start(served.name)
+        self._served = served
+        self._metrics = Metrics(served.name, self.thread.stats, lambda: self.adapters.loaded.values())
         self._watcher = asyncio.create_task(self._watch())
         how = f"{served.format} by {served.kernels}"
         log.info("serving %s in %s, context %d tokens", served.name, how, served.max_len)
@@ -119,6 +141,7 @@ class GenerationServer:
             self._watcher.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await self._watcher
+        await self.adapters.close()
         await asyncio.to_thread(self.thread.close)
 
     @property
@@ -232,6 +255,8 @@ class GenerationServer:
 
     def _describe(self) -> Served:
         """What the loaded engine serves."""
+        from axicon.generate.refused import refused
+
         engine = self.thread.engine
         text = Text(engine.tokenizer)
         about = engine.runner.describe()
@@ -244,4 +269,6 @@ class GenerationServer:
             fingerprint=self.thread.fingerprint,
             format="+".join(cast(list[str], about["format"])),
             kernels=str(about["kernels"]),
+            refused=tuple(refused(engine.check, engine.max_model_len, engine.limits)),
+            adapters=self.adapters.loaded,
         )

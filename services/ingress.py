@@ -7,6 +7,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,13 +18,24 @@ from starlette.responses import FileResponse, Response
 
 from axicon.generate.request import Delta, Overloaded, RequestError
 from services import openapi
+from services.adapters import Named
 from services.answer import Answer
 from services.auth import Gate
+from services.capabilities import capabilities
 from services.errors import ApiError, Json, api_error, bad_request, dump
 from services.generation import GenerationServer
-from services.plan import Plan, check_ids, check_model, plan_chat, plan_completion
-from services.schema import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody, parse
+from services.plan import Plan, check_ids, plan_chat, plan_completion
+from services.schema import (
+    ChatBody,
+    CompletionBody,
+    DetokenizeBody,
+    LoadAdapterBody,
+    TokenizeBody,
+    UnloadAdapterBody,
+    parse,
+)
 from services.stream import EventStream, Stream
+from services.sweeps import add_sweeps
 
 log = logging.getLogger("axicon")
 
@@ -55,6 +67,7 @@ def make_api(get_server: Callable[[], GenerationServer]) -> FastAPI:
     _add_models(api, get_server)
     _add_operations(api, get_server)
     _add_pages(api)
+    add_sweeps(api, lambda: get_server().recipe.sweeps, PAGE_HEADERS)
     return api
 
 
@@ -63,6 +76,7 @@ def _add_generation(api: FastAPI, get_server: Callable[[], GenerationServer]) ->
     async def completions(request: Request) -> Response:
         server = get_server()
         body = parse(CompletionBody, await read_body(request, server))
+        await server.adapters.sync()
         return await answer(
             request, server, await plan_completion(body, server.served, server.recipe), body.stream
         )
@@ -71,6 +85,7 @@ def _add_generation(api: FastAPI, get_server: Callable[[], GenerationServer]) ->
     async def chat_completions(request: Request) -> Response:
         server = get_server()
         body = parse(ChatBody, await read_body(request, server))
+        await server.adapters.sync()
         return await answer(request, server, await plan_chat(body, server.served, server.recipe), body.stream)
 
     @api.post("/v1/embeddings")
@@ -85,7 +100,7 @@ def _add_tokenizer(api: FastAPI, get_server: Callable[[], GenerationServer]) -> 
     async def tokenize_text(request: Request) -> Response:
         server = get_server()
         body, served = parse(TokenizeBody, await read_body(request, server)), server.served
-        check_model(body.model, served)
+        served.answers_as(body.model)
         special = body.add_special_tokens is not False
         ids = await served.text.encode_beside(body.prompt, special=special)
         return Json({"tokens": ids, "count": len(ids), "max_model_len": served.max_len})
@@ -94,7 +109,7 @@ def _add_tokenizer(api: FastAPI, get_server: Callable[[], GenerationServer]) -> 
     async def detokenize(request: Request) -> Response:
         server = get_server()
         body, served = parse(DetokenizeBody, await read_body(request, server)), server.served
-        check_model(body.model, served)
+        served.answers_as(body.model)
         check_ids(body.tokens, served, "tokens")
         return Json({"prompt": await asyncio.to_thread(served.text.decode, body.tokens)})
 
@@ -104,24 +119,58 @@ def _add_tokenizer(api: FastAPI, get_server: Callable[[], GenerationServer]) -> 
 
 
 def _add_models(api: FastAPI, get_server: Callable[[], GenerationServer]) -> None:
-    def card() -> dict[str, Any]:
+    def card(adapter: Named | None = None) -> dict[str, Any]:
         served = get_server().served
-        return {
+        found = {
             "id": served.name,
             "object": "model",
             "created": served.created,
             "owned_by": "axicon",
             "max_model_len": served.max_len,
         }
+        if adapter is None:
+            return found
+        about = {"parent": served.name, "root": adapter.path, "rank": adapter.rank, "sha256": adapter.digest}
+        run = adapter.followed
+        follows = {"step": adapter.step, "behind": adapter.behind, "trouble": run.trouble} if run else None
+        return {
+            **found, "id": adapter.name, "created": adapter.created, **about,
+            "base_verified": adapter.verified, "follows": follows,
+        }  # fmt: skip
 
     @api.get("/v1/models")
     async def models() -> Response:
-        return Json({"object": "list", "data": [card()]})
+        server = get_server()
+        await server.adapters.sync()
+        adapters = sorted(server.served.adapters.values(), key=lambda one: one.name)
+        return Json({"object": "list", "data": [card(), *map(card, adapters)]})
+
+    @api.post("/v1/load_lora_adapter")
+    async def load(request: Request) -> Response:
+        server = get_server()
+        body = parse(LoadAdapterBody, await read_body(request, server))
+        _ = server.served
+        named = await server.adapters.load(body.lora_name, body.lora_path, follow=body.follow is True)
+        return Json(card(named))
+
+    @api.post("/v1/unload_lora_adapter")
+    async def unload(request: Request) -> Response:
+        server = get_server()
+        body = parse(UnloadAdapterBody, await read_body(request, server))
+        await server.adapters.unload(body.lora_name)
+        return Json({"id": body.lora_name, "object": "model", "deleted": True})
+
+    @api.get("/v1/capabilities")
+    async def abilities() -> Response:
+        server = get_server()
+        return Json(capabilities(server.recipe, server.served))
 
     @api.get("/v1/models/{name:path}")
     async def model(name: str) -> Response:
-        check_model(name, get_server().served)
-        return Json(card())
+        server = get_server()
+        await server.adapters.sync()
+        server.served.answers_as(name)
+        return Json(card(server.served.adapters.get(name)))
 
 
 def _add_operations(api: FastAPI, get_server: Callable[[], GenerationServer]) -> None:
@@ -182,7 +231,8 @@ def _too_large(most: int) -> ApiError:
 
 async def answer(request: Request, server: GenerationServer, plan: Plan, streams: bool | None) -> Response:
     """Run a plan and answer with one body or with events. A client that leaves ends the work."""
-    stream = server.submit(plan.requests)
+    caller = server.access.namespace(request.headers)
+    stream = server.submit([replace(one, namespace=caller) for one in plan.requests])
     handed_over = False
     try:
         result = Answer(plan)

@@ -6,7 +6,7 @@ Every server has a registry of its own, so several can live in one process. `axi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import accumulate
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
@@ -15,6 +15,7 @@ from prometheus_client.registry import Collector
 
 from axicon.generate.request import Delta, DraftStats, EngineStats
 from axicon.generate.steptimes import BOUNDS, StepTimes
+from services.adapters import Named
 
 FIRST_TOKEN = (0.005, 0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.25, 2.5, 5, 10, 20, 40, 80)
 BETWEEN = (0.002, 0.005, 0.01, 0.02, 0.03, 0.04, 0.06, 0.08, 0.1, 0.15, 0.2, 0.4, 0.8, 1.6, 5)
@@ -56,12 +57,39 @@ class EngineCollector(Collector):
         yield _step_histogram(self.model, stats.decode_steps)
         yield from _drafts(self.model, stats.drafts)
         yield from _caches(self.model, stats)
+        yield from _prefixes(self.model, stats)
         ended = CounterMetricFamily(
             "vllm:request_success", "Choices that ended, by reason.", labels=["model_name", "finished_reason"]
         )
         for reason, count in stats.finished_total.items():
             ended.add_metric([self.model, reason], count)
         yield ended
+
+
+class RunCollector(Collector):
+    """How far adapters are that follow a run."""
+
+    def __init__(self, adapters: Callable[[], Iterable[Named]]) -> None:
+        self.adapters = adapters
+
+    def describe(self) -> list[Metric]:
+        return []
+
+    def collect(self) -> Iterator[Metric]:
+        step, behind, stuck = (
+            GaugeMetricFamily(name, text, labels=["model_name"])
+            for name, text in (
+                ("axicon:adapter_step", "Step of its run that an adapter is at."),
+                ("axicon:adapter_steps_behind", "Later steps that the log of its run had at the last look."),
+                ("axicon:adapter_stuck", "1 where its run cannot be followed any more."),
+            )
+        )
+        for one in list(self.adapters()):
+            if one.followed is not None:
+                step.add_metric([one.name], one.step)
+                behind.add_metric([one.name], one.behind)
+                stuck.add_metric([one.name], one.followed.trouble is not None)
+        yield from (step, behind, stuck)
 
 
 def _drafts(model: str, drafts: Mapping[str, DraftStats]) -> Iterator[Metric]:
@@ -90,9 +118,10 @@ def _drafts(model: str, drafts: Mapping[str, DraftStats]) -> Iterator[Metric]:
 
 def _caches(model: str, stats: EngineStats) -> Iterator[Metric]:
     """What the caches hold and gave up, by policy."""
-    size = GaugeMetricFamily("axicon:kv_bytes", "Keys and values held now.", labels=["model_name"])
-    size.add_metric([model], stats.kv_bytes)
     labels = ["model_name", "policy"]
+    size = GaugeMetricFamily("axicon:kv_bytes", "Bytes of keys and values that choices hold.", labels=labels)
+    for policy, count in stats.kv_bytes.items():
+        size.add_metric([model, policy], count)
     slots = GaugeMetricFamily("axicon:kv_slots", "Cache slots per head set aside.", labels=labels)
     for policy, count in stats.kv_slots.items():
         slots.add_metric([model, policy], count)
@@ -102,6 +131,27 @@ def _caches(model: str, stats: EngineStats) -> Iterator[Metric]:
     for policy, count in stats.kv_evicted_total.items():
         evicted.add_metric([model, policy], count)
     yield from (size, slots, evicted)
+
+
+def _prefixes(model: str, stats: EngineStats) -> Iterator[Metric]:
+    """What requests took over from earlier ones whose prompts begin alike."""
+    prefixes = stats.prefixes
+    for name, text, value in (
+        ("axicon:prefix_cache_slots", "Cache slots per head that kept prompts take.", prefixes.slots),
+        ("axicon:prefix_cache_bytes", "Bytes that kept prompts take.", stats.kept_bytes),
+    ):
+        gauge = GaugeMetricFamily(name, text, labels=["model_name"])
+        gauge.add_metric([model], value)
+        yield gauge
+    for name, text, value in (
+        ("vllm:prefix_cache_queries", "Prompt tokens looked up.", prefixes.asked_total),
+        ("vllm:prefix_cache_hits", "Prompt tokens taken over, not computed.", prefixes.reused_total),
+        ("axicon:prefix_cache_requests", "Choices that took some over.", prefixes.requests_total),
+        ("axicon:prefix_cache_dropped", "Kept tokens given back for room.", prefixes.dropped_total),
+    ):
+        counter = CounterMetricFamily(name, text, labels=["model_name"])
+        counter.add_metric([model], value)
+        yield counter
 
 
 def _step_histogram(model: str, times: StepTimes) -> Metric:
@@ -120,9 +170,15 @@ def _share(stats: EngineStats) -> float:
 class Metrics:
     """What one server measures. Called from the event loop only."""
 
-    def __init__(self, model: str, stats: Callable[[], EngineStats]) -> None:
+    def __init__(
+        self,
+        model: str,
+        stats: Callable[[], EngineStats],
+        adapters: Callable[[], Iterable[Named]] = lambda: (),
+    ) -> None:
         self.registry = CollectorRegistry()
         self.registry.register(EngineCollector(model, stats))
+        self.registry.register(RunCollector(adapters))
         self._model = model
         self.overload = Counter(
             "axicon:overload_refusals", "Requests answered with 429.", ["model_name"], registry=self.registry

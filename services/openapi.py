@@ -20,6 +20,7 @@ Schema = dict[str, Any]
 TEXT: Schema = {"type": "string"}
 INTEGER: Schema = {"type": "integer"}
 NUMBER: Schema = {"type": "number"}
+BOOLEAN: Schema = {"type": "boolean"}
 ANY_OBJECT: Schema = {"type": "object"}
 
 
@@ -50,7 +51,10 @@ def one_of(*values: str) -> Schema:
     return {"enum": list(values)}
 
 
-USAGE = an_object(prompt_tokens=INTEGER, completion_tokens=INTEGER, total_tokens=INTEGER)
+USAGE = an_object(
+    prompt_tokens=INTEGER, completion_tokens=INTEGER, total_tokens=INTEGER,
+    prompt_tokens_details=an_object(cached_tokens=INTEGER),
+)  # fmt: skip
 USAGE["properties"]["completion_tokens_details"] = {
     **an_object(accepted_prediction_tokens=INTEGER, rejected_prediction_tokens=INTEGER),
     "description": "There when the request asked for speculation.",
@@ -66,16 +70,60 @@ TOKEN = {"token": TEXT, "logprob": NUMBER, "bytes": a_list(INTEGER)}
 CHAT_LOGPROBS = an_object(
     content=a_list(an_object(**TOKEN, top_logprobs=a_list(an_object(**TOKEN)))), refusal={"type": "null"}
 )
+DETAILS = an_object(
+    tokens=a_list(an_object(text=TEXT, origin=one_of("draft", "target"))),
+    kept=an(an_object(positions=INTEGER, per_column=INTEGER, layers=a_list(TEXT))),
+)
+DETAILS["description"] = (
+    "There when the request asked for details: of each token its text and whether it was guessed ahead; of a "
+    "bounded cache, per layer a digit for each column of positions, 0 where nothing is kept, 9 where all is."
+)
 EVENT: Schema = {
     "type": "object",
     "properties": {"data": {"type": "string", "contentMediaType": "application/json"}},
     "required": ["data"],
     "description": "One event: a chunk as JSON, or the word [DONE] at the end.",
 }
+CAPABILITIES = an_object(
+    model=TEXT,
+    max_model_len=INTEGER,
+    weights=an_object(format=TEXT, kernels=TEXT),
+    kv=an_object(
+        default=ANY_OBJECT,
+        floor=INTEGER,
+        fields=ANY_OBJECT,
+        policies=a_list(
+            an_object(name=TEXT, reads=TEXT, once=BOOLEAN, recent_share=NUMBER, scores=a_list(TEXT))
+        ),
+    ),
+    speculation=an_object(
+        default=ANY_OBJECT,
+        draft_model=BOOLEAN,
+        most_nodes=INTEGER,
+        fields=ANY_OBJECT,
+        methods=a_list(an_object(name=TEXT, needs_draft_model=BOOLEAN, width=INTEGER, depth=INTEGER)),
+    ),
+    prefix_cache=an_object(share=NUMBER),
+    adapters=an(an_object(most=INTEGER, rank=INTEGER, loaded=a_list(TEXT))),
+    sampling=ANY_OBJECT,
+    limits=ANY_OBJECT,
+    refused=a_list(an_object(fields=ANY_OBJECT, param=an(TEXT), message=TEXT)),
+)
 MODEL = an_object(id=TEXT, object=one_of("model"), created=INTEGER, owned_by=TEXT, max_model_len=INTEGER)
+MODEL["properties"] |= {
+    "parent": TEXT, "root": TEXT, "rank": INTEGER, "sha256": TEXT,
+    "base_verified": {**BOOLEAN, "description": "The adapter says which weights it was trained on."},
+    "follows": {
+        **an(an_object(step=INTEGER, behind=INTEGER, trouble=an(TEXT))),
+        "description": "Of the run that the adapter follows: the step that is served, later ones its log "
+        "had at the last look, and why the adapter stays as it is, if it does.",
+    },
+}  # fmt: skip
+"""`parent` and what follows are of adapters alone."""
 
 
 def _answer(kind: str, choice: Schema) -> Schema:
+    choice["properties"]["details"] = DETAILS
     return an_object(
         id=TEXT,
         object=one_of(kind),
@@ -102,6 +150,8 @@ ANSWERS: dict[str, Schema] = {
         ),
     ),
     "Model": MODEL,
+    "Capabilities": CAPABILITIES,
+    "Deleted": an_object(id=TEXT, object=one_of("model"), deleted=BOOLEAN),
     "Models": an_object(object=one_of("list"), data=a_list(ref("Model"))),
     "Tokens": an_object(tokens=a_list(INTEGER), count=INTEGER, max_model_len=INTEGER),
     "Prompt": an_object(prompt=TEXT),
@@ -153,7 +203,10 @@ def describe(recipe: ServeRecipe, served: Served) -> Schema:
 
 def _paths(served: Served) -> Schema:
     events = {"text/event-stream": {"schema": EVENT}}
-    name = {"name": "name", "in": "path", "required": True, "schema": {"enum": [served.name]}}
+    served_names = [served.name, *sorted(served.adapters)]
+    name = {"name": "name", "in": "path", "required": True, "schema": {"enum": served_names}}
+    load = _post("Let an adapter join; takes an admin key", "LoadAdapterBody", "Model")
+    unload = _post("Let an adapter leave; takes an admin key", "UnloadAdapterBody", "Deleted")
     return {
         "/v1/completions": {"post": _post("Continue a text", "CompletionBody", "Completion", events)},
         "/v1/chat/completions": {"post": _post("Answer in a chat", "ChatBody", "ChatCompletion", events)},
@@ -162,6 +215,9 @@ def _paths(served: Served) -> Schema:
         "/tokenizer_info": {"get": _get("What the tokenizer is", "TokenizerInfo")},
         "/v1/models": {"get": _get("What is served", "Models")},
         "/v1/models/{name}": {"get": {**_get("One model", "Model"), "parameters": [name]}},
+        "/v1/load_lora_adapter": {"post": {**load, "security": [{"key": []}]}},
+        "/v1/unload_lora_adapter": {"post": {**unload, "security": [{"key": []}]}},
+        "/v1/capabilities": {"get": _get("What this deployment can do", "Capabilities")},
         "/health": {"get": _get("Whether the decode loop makes progress", "Health", is_open=True)},
         "/metrics": {"get": _get("Figures for Prometheus", None)},
     }
@@ -214,7 +270,7 @@ def _limit(schemas: Schema, recipe: ServeRecipe, served: Served) -> None:
     _first(kept["sinks"])["maximum"], _first(kept["evict_every"])["maximum"] = 64, 256
     guess = schemas["SpeculationBody"]["properties"]
     if recipe.draft is None:
-        guess["method"] = {"const": "lookup"}
+        guess["method"] = {"enum": ["none", "lookup"]}
     for name in ("width", "depth"):
         _first(guess[name])["maximum"] = recipe.draft_nodes
     _first(schemas["ChatBody"]["properties"]["max_completion_tokens"])["maximum"] = output

@@ -8,15 +8,20 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 from axicon.generate.request import KVSettings, Request, SamplingParams, Speculation
 from axicon.recipe import RequestLimits, ServeRecipe
+from services.adapters import Named
 from services.errors import ApiError, bad_request
 from services.render import ChatForm, CompletionForm, Form
 from services.schema import ChatBody, CompletionBody, Sampling
 from services.text import Text
+
+if TYPE_CHECKING:
+    from axicon.generate.refused import Refused
 
 DEFAULT_COMPLETION_TOKENS = 16
 
@@ -38,6 +43,21 @@ class Served:
     """How the weights are stored."""
     kernels: str
     """Who computes: torch, or the compiled kernels by name."""
+    refused: tuple[Refused, ...]
+    """Settings of requests that do not work here, or not together."""
+    adapters: Mapping[str, Named] = field(default_factory=dict)
+    """By the name that requests choose them by."""
+
+    def answers_as(self, name: str | None) -> tuple[str, str, int]:
+        """Name, fingerprint and adapter of answers to requests for this model, until the event loop does
+        something else. Raises ApiError 404 unless it is served."""
+        if name is None or name == self.name:
+            return self.name, self.fingerprint, 0
+        if name not in self.adapters:
+            message = f"The model '{name[:200]}' is not served here. Served: '{self.name}'."
+            raise ApiError(404, message, param="model", code="model_not_found")
+        adapter = self.adapters[name]
+        return name, adapter.fingerprint(self.fingerprint), adapter.number
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,17 +71,10 @@ class Plan:
     """Prompts, each of which is continued by equally many choices."""
 
 
-def check_model(name: str | None, model: Served) -> None:
-    """404 unless `name` is what is served, or left out."""
-    if name is not None and name != model.name:
-        message = f"The model '{name[:200]}' is not served here. Served: '{model.name}'."
-        raise ApiError(404, message, param="model", code="model_not_found")
-
-
 async def plan_completion(body: CompletionBody, model: Served, recipe: ServeRecipe) -> Plan:
     """Raises ApiError 400 or 404."""
     limits, n = recipe.limits, body.n or 1
-    check_model(body.model, model)
+    model.answers_as(body.model)
     _check_sampling(body, model, limits)
     if len(body.prompt) > limits.prompts:
         raise bad_request(f"'prompt': at most {limits.prompts} prompts in one request.", "prompt")
@@ -79,22 +92,23 @@ async def plan_completion(body: CompletionBody, model: Served, recipe: ServeReci
         for ids in prompts
     ]
     prompt_logprobs = body.logprobs if body.echo else None
+    name, fingerprint, adapter = model.answers_as(body.model)  # asked anew: adapters move meanwhile
     form = CompletionForm(
-        model=model.name,
-        fingerprint=model.fingerprint,
+        model=name,
+        fingerprint=fingerprint,
         piece=model.text.piece,
         logprobs=body.logprobs,
         include_usage=body.include_usage,
         echoes=[_echo(prompt, model) for prompt in body.prompt for _ in range(n)] if body.echo else (),
     )
-    params = [_params(body, most, body.logprobs, prompt_logprobs) for most in sampling]
-    return Plan(_requests(form, prompts, params, n, recipe, _kv(body, recipe)), form, len(prompts))
+    params = [_params(body, recipe, most, body.logprobs, prompt_logprobs) for most in sampling]
+    return Plan(_requests(form, prompts, params, body, recipe, adapter), form, len(prompts))
 
 
 async def plan_chat(body: ChatBody, model: Served, recipe: ServeRecipe) -> Plan:
     """Raises ApiError 400 or 404."""
     limits, n = recipe.limits, body.n or 1
-    check_model(body.model, model)
+    model.answers_as(body.model)
     _check_sampling(body, model, limits)
     _check_choices(n, recipe)
     _at_most("top_logprobs", body.top_logprobs, limits.logprobs)
@@ -106,15 +120,16 @@ async def plan_chat(body: ChatBody, model: Served, recipe: ServeRecipe) -> Plan:
     asked = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
     most = _most_tokens(body, model, limits, len(ids), asked, model.max_len)
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
+    name, fingerprint, adapter = model.answers_as(body.model)  # asked anew: adapters move meanwhile
     form = ChatForm(
-        model=model.name,
-        fingerprint=model.fingerprint,
+        model=name,
+        fingerprint=fingerprint,
         piece=model.text.piece,
         logprobs=logprobs,
         include_usage=body.include_usage,
     )
-    params = [_params(body, most, logprobs)]
-    return Plan(_requests(form, [ids], params, n, recipe, _kv(body, recipe)), form, 1)
+    params = [_params(body, recipe, most, logprobs)]
+    return Plan(_requests(form, [ids], params, body, recipe, adapter), form, 1)
 
 
 async def tokenize(
@@ -219,7 +234,11 @@ def _most_tokens(
 
 
 def _params(
-    body: Sampling, max_tokens: int, logprobs: int | None, prompt_logprobs: int | None = None
+    body: Sampling,
+    recipe: ServeRecipe,
+    max_tokens: int,
+    logprobs: int | None,
+    prompt_logprobs: int | None = None,
 ) -> SamplingParams:
     return SamplingParams(
         max_tokens=max_tokens,
@@ -238,14 +257,19 @@ def _params(
         ignore_eos=bool(body.ignore_eos),
         logprobs=logprobs,
         prompt_logprobs=prompt_logprobs,
-        speculation=_speculation(body),
+        speculation=_speculation(body, recipe),
     )
 
 
-def _speculation(body: Sampling) -> Speculation | None:
-    """Every request gets a seed later; who sent one wants the text that goes with it."""
-    asked = body.speculation
-    if asked is None:
+def _speculation(body: Sampling, recipe: ServeRecipe) -> Speculation | None:
+    """What the request says, or what the deployment says. Every request gets a seed later; who sent one wants
+    the text that goes with it.
+    """
+    asked = recipe.speculation if body.speculation is None else body.speculation
+    if asked.method == "none":
+        # The engine checks the others.
+        _at_most("speculation.width", asked.width, recipe.draft_nodes)
+        _at_most("speculation.depth", asked.depth, recipe.draft_nodes)
         return None
     verify = asked.verify or ("rrs" if body.seed is None else "coupled")
     return Speculation(method=asked.method, width=asked.width, depth=asked.depth, verify=verify)
@@ -265,18 +289,22 @@ def _requests(
     form: Form,
     prompts: Sequence[Sequence[int]],
     params: Sequence[SamplingParams],
-    n: int,
+    body: Sampling,
     recipe: ServeRecipe,
-    kv: KVSettings | None,
+    adapter: int,
 ) -> tuple[Request, ...]:
     """One per choice. The choices of a prompt share one seed, drawn here when the client gave none."""
     deadline = time.monotonic() + recipe.request_timeout_s
+    kv, details = _kv(body, recipe), bool(body.details)
     requests: list[Request] = []
     for prompt, own in zip(prompts, params, strict=True):
         seeded = own if own.seed is not None else replace(own, seed=secrets.randbits(63))
-        for choice in range(n):
+        for choice in range(body.n or 1):
             name = f"{form.id}-{len(requests)}"
             requests.append(
-                Request(id=name, prompt=prompt, params=seeded, choice=choice, deadline=deadline, kv=kv)
-            )
+                Request(
+                    id=name, prompt=prompt, params=seeded, choice=choice, deadline=deadline, kv=kv,
+                    details=details, adapter=adapter,
+                )
+            )  # fmt: skip
     return tuple(requests)

@@ -9,11 +9,11 @@ from __future__ import annotations
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar
 from uuid import uuid4
 
-from axicon.generate.request import Delta, TokenLogprob
+from axicon.generate.request import Delta, Kept, Origin, TokenLogprob
 from services.errors import encode
 
 LOWEST = -9999.0
@@ -43,30 +43,43 @@ def line(value: object) -> str:
     return text if text.isascii() else text.translate(BREAKS)
 
 
+def details(origins: Sequence[Origin], kept: Kept | None) -> dict[str, Any]:
+    """What a request that asks for details gets beside its text."""
+    return {
+        "tokens": [{"text": one.text, "origin": "draft" if one.drafted else "target"} for one in origins],
+        "kept": None if kept is None else asdict(kept),
+    }
+
+
 @dataclass(slots=True)
 class Choice:
     """One choice as far as it has come."""
 
     index: int
     text: list[str] = field(default_factory=list)
+    origins: list[Origin] = field(default_factory=list)
+    kept: Kept | None = None
     prompt_logprobs: tuple[TokenLogprob, ...] = ()
     logprobs: list[TokenLogprob] = field(default_factory=list)
     finish_reason: str | None = None
     prompt_tokens: int = 0
     completion_tokens: int = 0
+    cached: int = 0
     accepted: int = 0
     rejected: int = 0
 
     def add(self, delta: Delta) -> None:
         self.text.append(delta.text)
         self.logprobs.extend(delta.logprobs)
+        self.origins.extend(delta.origins)
+        self.kept = delta.kept or self.kept
         self.prompt_logprobs = self.prompt_logprobs or delta.prompt_logprobs or ()
         self.finish_reason = delta.finish_reason or self.finish_reason
         self.count(delta)
 
     def count(self, delta: Delta) -> None:
         self.prompt_tokens, self.completion_tokens = delta.prompt_tokens, delta.completion_tokens
-        self.accepted, self.rejected = delta.accepted, delta.rejected
+        self.cached, self.accepted, self.rejected = delta.cached_tokens, delta.accepted, delta.rejected
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +88,8 @@ class Usage:
 
     prompt_tokens: int
     completion_tokens: int
+    cached: int = 0
+    """Of the prompts' tokens, those that were taken over from earlier requests."""
     accepted: int | None = None
     """Of the tokens that were guessed ahead; None where the request asked for no guesses."""
     rejected: int = 0
@@ -85,6 +100,7 @@ class Usage:
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": self.completion_tokens,
             "total_tokens": total,
+            "prompt_tokens_details": {"cached_tokens": self.cached},
         }
         if self.accepted is not None:
             counts["completion_tokens_details"] = {
@@ -140,14 +156,18 @@ class Form(ABC):
         """The whole answer of a request that does not stream."""
         return {
             **self.head,
-            "choices": [self._choice(c) for c in choices],
+            "choices": [
+                self._choice(c) | ({"details": details(c.origins, c.kept)} if c.origins or c.kept else {})
+                for c in choices
+            ],
             "usage": usage.body(),
             **self.tail,
         }
 
     def _event(self, index: int, text: str, logprobs: str, delta: Delta) -> str:
         reason = f'"{delta.finish_reason}"' if delta.finish_reason else "null"
-        choice = f'[{{"index":{index},{text},"logprobs":{logprobs},"finish_reason":{reason}}}]'
+        more = f',"details":{line(details(delta.origins, delta.kept))}' if delta.origins or delta.kept else ""
+        choice = f'[{{"index":{index},{text},"logprobs":{logprobs},"finish_reason":{reason}{more}}}]'
         return self._before + choice + self._after
 
     @abstractmethod

@@ -157,7 +157,7 @@ class StreamOptions(Body):
 class SpeculationBody(Body):
     """How tokens are guessed ahead; what it may say is `axicon.generate.request.Speculation`."""
 
-    method: Literal["chain", "k_seq", "lookup", "multi_round", "rsd_c", "rsd_s"]
+    method: Literal["none", "chain", "k_seq", "lookup", "multi_round", "rsd_c", "rsd_s"]
     width: int | None = Field(None, ge=1)
     depth: int | None = Field(None, ge=1)
     verify: Literal["rrs", "coupled"] | None = None
@@ -171,12 +171,16 @@ class KVBody(Body):
     recent: float | None = Field(None, ge=0)
     sinks: int | None = Field(None, ge=0)
     evict_every: int | None = Field(None, ge=1)
+    score: Literal["sum", "mean", "decay"] | None = Field(
+        None, description="How h2o adds up attention; null: sum. Other policies have no choice of it."
+    )
 
 
 class Sampling(Body):
     """The fields both generation routes share. Null always means the default."""
 
     model: str | None = None
+    details: bool | None = None
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     repetition_penalty: float | None = Field(None, gt=0, le=10)
@@ -279,7 +283,23 @@ class DetokenizeBody(Body):
     model: str | None = None
 
 
-BODIES: Sequence[type[Body]] = (CompletionBody, ChatBody, TokenizeBody, DetokenizeBody)
+class LoadAdapterBody(Body):
+    """`POST /v1/load_lora_adapter`."""
+
+    lora_name: str
+    lora_path: str
+    follow: bool | None = None
+
+
+class UnloadAdapterBody(Body):
+    """`POST /v1/unload_lora_adapter`."""
+
+    lora_name: str
+
+
+BODIES: Sequence[type[Body]] = (
+    CompletionBody, ChatBody, TokenizeBody, DetokenizeBody, LoadAdapterBody, UnloadAdapterBody,
+)  # fmt: skip
 
 B = TypeVar("B", bound=Body)
 

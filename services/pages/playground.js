@@ -34,11 +34,41 @@ async function connect() {
     $("model-name").textContent = model;
     $("light").className = "light up";
     say("");
+    await offer();
   } catch (error) {
     $("model-name").textContent = "not connected";
     $("light").className = "light down";
     say(error.message, true);
   }
+}
+
+// What this deployment can do, in the two menus.
+async function offer() {
+  const response = await fetch("v1/capabilities", { headers: headers() });
+  if (!response.ok) return;
+  const able = await response.json();
+  choices("policy", able.kv.policies.map((one) => one.name), able.kv.default.policy);
+  choices("method", ["none", ...able.speculation.methods.map((one) => one.name)], able.speculation.default.method);
+  const shape = () => {
+    const method = able.speculation.methods.find((one) => one.name === $("method").value);
+    for (const name of ["width", "depth"]) {
+      $(name).placeholder = method ? method[name] : "";
+      $(name).max = able.speculation.most_nodes;
+      $(name).disabled = !method;
+    }
+    $("budget").disabled = ["", "full"].includes($("policy").value);
+  };
+  $("method").onchange = $("policy").onchange = shape;
+  shape();
+}
+
+function choices(id, names, byDefault) {
+  const before = $(id).value;
+  const options = ["", ...names].map((name) => Object.assign(document.createElement("option"), {
+    value: name, textContent: name || `as the server does (${byDefault})`,
+  }));
+  $(id).replaceChildren(...options);
+  $(id).value = names.includes(before) ? before : "";
 }
 
 function openSettings(open, focus) {
@@ -65,6 +95,7 @@ function number(id) {
 }
 
 function request() {
+  const policy = $("policy").value, method = $("method").value;
   const system = $("system").value.trim();
   return {
     model,
@@ -73,6 +104,9 @@ function request() {
     top_p: number("top-p"),
     max_tokens: number("max-tokens"),
     seed: number("seed"),
+    kv: policy ? { policy, budget: policy === "full" ? undefined : number("budget") } : undefined,
+    speculation: method ? { method, ...(method === "none" ? {} : { width: number("width"), depth: number("depth") }) } : undefined,
+    details: $("details").checked || undefined,
     stream: true,
     stream_options: { include_usage: true },
   };
@@ -95,6 +129,58 @@ async function* events(response) {
   }
 }
 
+// Text behind what is there; tokens that were guessed ahead stand out.
+function write(body, choice) {
+  const tokens = choice.details?.tokens ?? [{ text: choice.delta.content ?? "", origin: "target" }];
+  for (const token of tokens) {
+    const last = body.lastChild, drafted = token.origin === "draft";
+    if (!token.text) continue;
+    if (last && (last.className === "draft") === drafted) last.textContent += token.text;
+    else {
+      const span = Object.assign(document.createElement("span"), { textContent: token.text });
+      if (drafted) span.className = "draft";
+      body.append(span);
+    }
+  }
+}
+
+// What a bounded cache still holds: a row per layer, a column per position or a few of them.
+function showKept(box, kept) {
+  let frame = box.querySelector(".kept");
+  if (!frame) {
+    frame = document.createElement("details");
+    frame.className = "kept";
+    frame.open = true;
+    frame.innerHTML = '<summary></summary><div class="map"><div class="layers"><span>layer 0</span><span></span></div>' +
+      '<canvas role="img"></canvas><div class="positions"><span>position 0</span><span></span></div></div>';
+    box.append(frame);
+  }
+  frame.kept = kept;
+  const all = kept.layers.length * kept.layers[0].length * 9;
+  const held = [...kept.layers.join("")].reduce((sum, digit) => sum + Number(digit), 0);
+  const said = `The cache keeps ${Math.round((100 * held) / all)} % of ${kept.positions} positions`;
+  frame.querySelector("summary").textContent = said;
+  frame.querySelector("canvas").setAttribute("aria-label", `${said}, by layer and position`);
+  frame.querySelector(".layers span:last-child").textContent = kept.layers.length - 1;
+  frame.querySelector(".positions span:last-child").textContent = kept.positions - 1;
+  paint(frame);
+}
+
+function paint(frame) {
+  const { layers } = frame.kept, canvas = frame.querySelector("canvas");
+  canvas.width = layers[0].length;
+  canvas.height = layers.length;
+  canvas.style.height = `${Math.max(60, Math.min(180, layers.length * 5))}px`;
+  const style = getComputedStyle(document.documentElement), pen = canvas.getContext("2d");
+  pen.fillStyle = style.getPropertyValue("--page");
+  pen.fillRect(0, 0, canvas.width, canvas.height);
+  pen.fillStyle = style.getPropertyValue("--accent");
+  layers.forEach((digits, layer) => [...digits].forEach((digit, column) => {
+    pen.globalAlpha = digit / 9;
+    pen.fillRect(column, layer, 1, 1);
+  }));
+}
+
 function figures(clock, tokens, reason) {
   const parts = [`first token ${Math.round(clock.first - clock.sent)} ms`];
   const seconds = (clock.last - clock.first) / 1000;
@@ -114,7 +200,7 @@ async function answer() {
   line.setAttribute("aria-live", "off");
   box.append(line);
   const clock = { sent: performance.now(), first: 0, last: 0 };
-  let text = "", tokens = 0, reason = "stopped";
+  let text = "", tokens = 0, reason = "stopped", guesses = null;
   try {
     const response = await fetch("v1/chat/completions", {
       method: "POST",
@@ -128,17 +214,21 @@ async function answer() {
     }
     for await (const event of events(response)) {
       if (event.error) throw new Error(event.error.message);
-      if (event.usage) tokens = event.usage.completion_tokens;
+      if (event.usage) {
+        tokens = event.usage.completion_tokens;
+        guesses = event.usage.completion_tokens_details ?? null;
+      }
       const choice = event.choices[0];
       if (!choice) continue;
       if (choice.finish_reason) reason = choice.finish_reason;
+      const log = $("log"), atEnd = log.scrollHeight - log.scrollTop - log.clientHeight < 60;
+      write(body, choice);
+      if (choice.details?.kept) showKept(box, choice.details.kept);
       if (!choice.delta.content) continue;
       clock.last = performance.now();
       clock.first ||= clock.last;
-      tokens += 1;
+      tokens += choice.details?.tokens.length || 1;
       text += choice.delta.content;
-      const log = $("log"), atEnd = log.scrollHeight - log.scrollTop - log.clientHeight < 60;
-      body.textContent = text;
       line.textContent = figures(clock, tokens);
       if (atEnd) log.scrollTop = log.scrollHeight;
     }
@@ -152,6 +242,11 @@ async function answer() {
   if (running !== mine) return;          // a new chat was begun meanwhile
   running = null;
   if (clock.first) line.textContent = figures(clock, tokens, ENDINGS[reason] ?? reason);
+  if (clock.first && guesses) {
+    const swatch = Object.assign(document.createElement("span"), { className: "swatch" });
+    const { accepted_prediction_tokens: right, rejected_prediction_tokens: wrong } = guesses;
+    line.append(" · ", swatch, `${right} of ${right + wrong} guesses right`);
+  }
   if (text) messages.push({ role: "assistant", content: text });
   else messages.pop();
   if (!text && !box.classList.contains("failed")) box.remove();
@@ -207,6 +302,7 @@ $("theme").addEventListener("click", () => {
   const dark = matchMedia("(prefers-color-scheme: dark)").matches;
   const now = document.documentElement.dataset.theme || (dark ? "dark" : "light");
   document.documentElement.dataset.theme = now === "dark" ? "light" : "dark";
+  document.querySelectorAll(".kept").forEach(paint);
 });
 document.querySelectorAll(".idea").forEach((idea) =>
   idea.addEventListener("click", () => { $("prompt").value = idea.textContent; send(); }));

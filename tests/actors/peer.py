@@ -8,7 +8,7 @@ import psutil
 import torch
 
 from actors.transport import Meeting, Op, RankFailed, Transport
-from axicon.protocols import StepInput
+from axicon.step import StepInput
 
 
 def listening() -> set[str]:

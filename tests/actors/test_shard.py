@@ -13,7 +13,7 @@ from actors.shard import Shard, StageSettings
 from actors.transport import Lost, Op, RankFailed, Transport, open_meeting
 from axicon.errors import AxiconError
 from axicon.generate.runner import LocalRunner
-from axicon.protocols import STEP_VERSION, StepInput
+from axicon.step import STEP_VERSION, StepInput
 from tests.parity import variants
 
 Group = tuple[Transport, LocalRunner, Shard]

@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
-from actors.transport import INLINE, Lost, Op, RankFailed, Transport, open_meeting
-from axicon.protocols import StepInput
+from actors.transport import INLINE, LOOK_S, Lost, Op, RankFailed, Transport, open_meeting
+from axicon.step import StepInput
 from tests.actors.peer import follow, listening
 
 Pair = tuple[Transport, multiprocessing.process.BaseProcess]
@@ -104,6 +104,18 @@ def test_a_silent_rank_costs_the_time_out(pair: Callable[..., Pair]) -> None:
     with pytest.raises(Lost, match="rank 0 lost the group: no answer within 2 s"):
         link.receive(1, (5,), torch.int64)
     assert 1.9 < time.monotonic() - started < 10
+
+
+def test_an_announcement_that_never_ends_stops_when_a_rank_is_missing(pair: Callable[..., Pair]) -> None:
+    link, process = pair()
+    assert process.pid
+    os.kill(process.pid, signal.SIGSTOP)
+    answers = iter(["", "", "rank 1 is gone"])
+    link._missing = lambda: next(answers)
+    started = time.monotonic()
+    with pytest.raises(Lost, match="rank 0 lost the group: rank 1 is gone"):
+        link.announce(Op.IDLE)
+    assert 3 * LOOK_S <= time.monotonic() - started < 10
 
 
 def test_leaving_ends_what_the_others_wait_for(pair: Callable[..., Pair]) -> None:

@@ -1,5 +1,4 @@
-"""A program for `test_group_ray.py`: shard groups under a Ray of its own.
-Its last line is what it found, as JSON.
+"""A job for `test_group_ray.py`: shard groups on a cluster. Its last line is what it found, as JSON.
 
 Arguments: a directory with the models `llama` and `opt`, both of 3 blocks.
 """
@@ -15,8 +14,6 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # or Ray does not stay on loopback
-
 import ray
 import torch
 from ray.util.placement_group import placement_group_table
@@ -29,7 +26,8 @@ from axicon.generate.engine import Engine
 from axicon.generate.request import Request, SamplingParams
 from axicon.model import checkpoint
 from axicon.place import Plan, Stage
-from axicon.protocols import Runner, StepInput
+from axicon.protocols import Runner
+from axicon.step import StepInput
 
 SETTINGS = {"dtype": "float32", "max_rows": 8, "prefill_chunk": 16, "kv_bytes": 8 << 20}
 PROMPTS = {"short": 3, "chunks": 40, "gone": 21, "edge": 16, "late": 30}
@@ -218,8 +216,9 @@ def refusals(model: Path) -> dict[str, object]:
         return told(lambda: ShardGroup(str(model), stages, **(SETTINGS | settings)))
 
     uneven = Plan((Stage(0, 1), Stage(1, 3)))
-    found = {
-        "room": start(threads=8, start_timeout_s=1.0),
+    found: dict[str, object] = {
+        "free": int(ray.available_resources()["CPU"]),
+        "room": start(threads=64, start_timeout_s=1.0),
         "stages": start(4),
         "plan": start(Plan((Stage(0, 1), Stage(1, 2)))),
         # Enough for one block's keys and values of a short request, not for those of two blocks.
@@ -235,10 +234,7 @@ def refusals(model: Path) -> dict[str, object]:
 def main() -> None:
     folder = Path(sys.argv[1])
     torch.set_num_threads(1)
-    ray.init(
-        address="local", num_cpus=4, object_store_memory=80 * 2**20, include_dashboard=False,
-        log_to_driver=False, logging_level="ERROR",
-    )  # fmt: skip
+    ray.init(log_to_driver=False, logging_level="ERROR")
     found = {
         "llama": llama(folder / "llama"),
         "opt": opt(folder / "opt"),

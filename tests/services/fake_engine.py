@@ -67,6 +67,8 @@ class FakeThread:
             tokenizer=tokenizer,
             model_name="fake",
             max_model_len=max_model_len,
+            check=self._check,
+            limits=Limits(kv_floor=recipe.kv_floor),
             runner=SimpleNamespace(
                 capacity=SimpleNamespace(vocab=len(tokenizer)),
                 describe=lambda: {"format": ["none"], "kernels": "a fake"},
@@ -101,14 +103,17 @@ class FakeThread:
 
     def submit_all(self, requests: Sequence[Request], on_delta: Callable[[Delta], None]) -> None:
         for request in requests:
-            if request.params.speculation is not None:
-                read(request.params.speculation, self.recipe.draft_nodes, models=False)
-            if request.kv is not None:
-                check_kv(request.kv, Limits(kv_floor=self.recipe.kv_floor), blocks=1)
+            self._check(request)
         with self._lock:
             for request in requests:
                 self.last.append(request)
                 self.waiting[request.id] = Running(request, on_delta)
+
+    def _check(self, request: Request) -> None:
+        if request.params.speculation is not None:
+            read(request.params.speculation, self.recipe.draft_nodes, models=False)
+        if request.kv is not None:
+            check_kv(request.kv, Limits(kv_floor=self.recipe.kv_floor), blocks=1)
 
     def cancel(self, name: str) -> None:
         with self._lock:

@@ -42,6 +42,12 @@ def test_our_own_refusal_comes_before_the_one_of_serve() -> None:
     assert deployment.max_ongoing_requests == 3 + 5 + SPARE
 
 
+@pytest.mark.parametrize(("device", "gpus"), [("cpu", 0), ("cuda", 1)])
+def test_who_wants_a_gpu_asks_ray_for_it(device: str, gpus: int) -> None:
+    options = build(ServeRecipe(device=device))._bound_deployment.ray_actor_options
+    assert options["num_gpus"] == gpus
+
+
 def test_deploying_loads_no_torch() -> None:
     code = "import sys, services.app; print('torch' in sys.modules, 'transformers' in sys.modules)"
     assert subprocess.check_output([sys.executable, "-c", code], text=True).split() == ["False", "False"]

@@ -12,6 +12,8 @@ import pytest
 from tests.services.fake_engine import REPLY
 from tests.services.live import Live
 
+NONE_CACHED = {"prompt_tokens_details": {"cached_tokens": 0}}
+
 
 def events(response: httpx.Response) -> list[Any]:
     """The events of a stream, which must end with [DONE]."""
@@ -46,7 +48,7 @@ def test_an_answer_has_openai_shape(live: Live) -> None:
         "fake-1",
     )
     assert body["choices"] == [{"index": 0, "text": says(8), "logprobs": None, "finish_reason": "length"}]
-    assert body["usage"] == {"prompt_tokens": 5, "completion_tokens": 8, "total_tokens": 13}
+    assert body["usage"] == {"prompt_tokens": 5, "completion_tokens": 8, "total_tokens": 13, **NONE_CACHED}
 
 
 def test_sixteen_tokens_unless_told(live: Live) -> None:
@@ -125,7 +127,8 @@ def test_a_stream_counts_tokens_only_when_asked(live: Live) -> None:
     )
     assert all(part["usage"] is None for part in parts[:-1])
     assert parts[-1]["choices"] == []
-    assert parts[-1]["usage"] == {"prompt_tokens": 3, "completion_tokens": 5, "total_tokens": 8}
+    counts = {"prompt_tokens": 3, "completion_tokens": 5, "total_tokens": 8}
+    assert parts[-1]["usage"] == counts | NONE_CACHED
 
 
 def test_a_stream_of_several_choices_keeps_them_apart(live: Live) -> None:
@@ -195,7 +198,7 @@ def test_echo_of_nothing_more(live: Live) -> None:
     body = live.post("/v1/completions", prompt="Hey", echo=True, logprobs=0, max_tokens=0).json()
     choice = body["choices"][0]
     assert (choice["text"], len(choice["logprobs"]["tokens"])) == ("Hey", 3)
-    assert body["usage"] == {"prompt_tokens": 3, "completion_tokens": 0, "total_tokens": 3}
+    assert body["usage"] == {"prompt_tokens": 3, "completion_tokens": 0, "total_tokens": 3, **NONE_CACHED}
 
 
 def test_a_streamed_echo_comes_once_and_first(live: Live) -> None:

@@ -237,6 +237,13 @@ def test_the_page_needs_nothing_from_elsewhere(live: Live) -> None:
     assert not re.search(r"<script(?![^>]*src=)", page.text), "the policy forbids inline scripts"
 
 
+def test_the_script_finds_what_it_looks_for_in_the_page(live: Live) -> None:
+    script = live.client.get("/pages/playground.js").text
+    wanted = set(re.findall(r'\$\("([\w-]+)"\)|(?:choices|number)\("([\w-]+)"', script))
+    there = set(re.findall(r' id="([\w-]+)"', live.client.get("/").text))
+    assert {"policy", "method", "details", "budget"} <= {a or b for a, b in wanted} <= there
+
+
 def test_nothing_allows_other_origins(live: Live) -> None:
     response = live.client.options(
         "/v1/completions", headers={"Origin": "http://evil.example", "Access-Control-Request-Method": "POST"}

@@ -9,8 +9,10 @@ import pytest
 
 from axicon.errors import AxiconError
 from axicon.generate.eviction import KV_POLICIES
+from axicon.generate.request import EngineStats
 from axicon.recipe import KVRecipe, ServeRecipe
 from services.generation import engine_thread
+from services.metrics import Metrics
 from services.schema import KVBody
 from tests.services.live import Live, serving
 from tests.services.tiny import tiny_model
@@ -42,6 +44,8 @@ def test_a_request_has_its_own_policy_and_the_deployment_a_default(live: Live) -
         found = [one for one in live.client.get("/metrics").text.splitlines() if one.startswith(line)]
         return float(found[0].removeprefix(line)) if found else 0.0
 
+    asked = {"kv": {"policy": "h2o", "budget": 0.3, "score": "decay"}}
+    assert live.post("/v1/completions", **BODY, **MORE, **asked).status_code == 200
     answers = {}
     for policy in ("full", "h2o", None):
         asked = {} if policy is None else {"kv": {"policy": policy, "budget": 0.3}}
@@ -51,12 +55,24 @@ def test_a_request_has_its_own_policy_and_the_deployment_a_default(live: Live) -
     assert evicted("h2o") >= 40
     assert evicted("window") >= 40
     assert evicted("full") == 0
-    assert "axicon:kv_bytes" in live.client.get("/metrics").text
+    assert 'axicon:kv_bytes{model_name="tiny",policy="full"} 0.0' in live.client.get("/metrics").text
     again = live.post("/v1/completions", **BODY, **MORE, kv={"policy": "window", "budget": 20}).json()
     assert again["choices"] == answers[None]["choices"]
     chat = {"messages": [{"role": "user", "content": BODY["prompt"]}], "temperature": 0, "max_tokens": 30}
     texts = {live.post("/v1/chat/completions", **chat, kv={"policy": p}).text for p in ("full", "tova")}
     assert len(texts) == 2
+
+
+def test_figures_of_the_cache_are_by_policy() -> None:
+    stats = EngineStats(
+        kv_bytes={"full": 4096, "h2o": 512}, kv_slots={"full": 64, "h2o": 32}, kv_evicted_total={"h2o": 7}
+    )
+    told = Metrics("m", lambda: stats).render().decode()
+    for name, policy, value in (
+        ("bytes", "full", 4096), ("bytes", "h2o", 512), ("slots", "full", 64), ("slots", "h2o", 32),
+        ("evicted_total", "h2o", 7),
+    ):  # fmt: skip
+        assert f'axicon:kv_{name}{{model_name="m",policy="{policy}"}} {float(value)}\n' in told
 
 
 def test_a_scored_prompt_keeps_everything_unless_asked(live: Live) -> None:
@@ -76,6 +92,8 @@ def test_a_scored_prompt_keeps_everything_unless_asked(live: Live) -> None:
         ({"policy": "h2o", "budget": 20, "recent": 19}, "kv.budget", "too few for 19 recent ones"),
         ({"policy": "h2o", "evict_every": 0}, "kv.evict_every", "greater than or equal to 1"),
         ({"policy": "h2o", "size": 3}, "kv.size", "unknown field"),
+        ({"policy": "h2o", "score": "max"}, "kv.score", "'decay'"),
+        ({"policy": "tova", "score": "sum"}, "kv.score", "it has but one"),
         ("h2o", "kv", "object"),
     ],
 )

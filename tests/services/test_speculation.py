@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import get_args
 
 import pytest
 
+from axicon.errors import AxiconError
 from axicon.generate.drafting import DRAFTERS
-from axicon.recipe import ServeRecipe
+from axicon.recipe import ServeRecipe, SpeculationRecipe
 from services.generation import engine_thread
 from services.schema import SpeculationBody
 from tests.services.live import Live, serving
@@ -30,7 +32,8 @@ def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
 
 
 def test_the_schema_names_the_methods_that_there_are() -> None:
-    assert sorted(get_args(SpeculationBody.model_fields["method"].annotation)) == sorted(DRAFTERS)
+    for kind in (SpeculationBody, SpeculationRecipe):
+        assert sorted(get_args(kind.model_fields["method"].annotation)) == sorted(["none", *DRAFTERS])
 
 
 @pytest.mark.parametrize("sampling", [{"temperature": 0}, {"seed": 5, "temperature": 0.8}])
@@ -64,6 +67,7 @@ def test_without_a_seed_guesses_are_verified_by_rejection(live: Live) -> None:
         ({"method": "oracle"}, "speculation.method", "'chain', 'k_seq'"),
         ({"method": "lookup", "depth": 0}, "speculation.depth", "greater than or equal to 1"),
         ({"method": "lookup", "depth": 100}, "speculation", "depth is 100, it must lie between 1 and"),
+        ({"method": "none", "depth": 100}, "speculation.depth", "at most 64 here"),
         ({"method": "lookup", "verify": "hope"}, "speculation.verify", "'rrs' or 'coupled'"),
         ({"method": "lookup", "speed": 2}, "speculation.speed", "unknown field"),
         ({"width": 3}, "speculation.method", "required"),
@@ -78,3 +82,24 @@ def test_what_cannot_be_done_is_a_400_with_a_sentence(
     assert answer.status_code == 400
     assert error["param"] == param
     assert sentence in error["message"]
+
+
+def test_a_deployment_guesses_for_requests_that_say_nothing(tmp_path: Path) -> None:
+    recipe = ServeRecipe.parse(
+        ["speculation=lookup", "dtype=float32", "threads=1", "kv_gib=0.05", "max_rows=4"],
+        model=str(tiny_model(tmp_path / "tiny")),
+    )
+    greedy = {**BODY, "temperature": 0}
+    with serving(recipe, engine_thread) as live:
+        default = live.post("/v1/completions", **greedy).json()
+        null = live.post("/v1/completions", **greedy, speculation=None).json()
+        off = live.post("/v1/completions", **greedy, speculation={"method": "none"}).json()
+    assert default["choices"] == null["choices"] == off["choices"]
+    assert default["usage"]["completion_tokens_details"]["accepted_prediction_tokens"] > 0
+    assert "completion_tokens_details" in null["usage"]
+    assert "completion_tokens_details" not in off["usage"]
+
+
+def test_a_default_that_cannot_be_ends_the_start() -> None:
+    with pytest.raises(AxiconError, match=r"speculation: .*'rsd_s' guesses with a draft model"):
+        engine_thread(ServeRecipe(speculation=SpeculationRecipe(method="rsd_s")))
