@@ -11,15 +11,19 @@ import click
 from axicon.errors import AxiconError, RunFailed
 from jobs.command import FAILED, WRONG_INPUT, axicon, debug
 from jobs.stop import Stopped, stop_on_signal
-from jobs.submitted import keep_lines_whole, succeeded
+from jobs.submitted import keep_lines_whole, stand_where_submitted, succeeded
 from jobs.verbs import (  # noqa: F401 - each adds its verbs
     artefacts,
     cluster,
+    distill,
+    finetune,
     machine,
     measure,
     models,
+    run,
     server,
     submit,
+    sweep,
 )
 
 
@@ -29,6 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     words, begun = list(sys.argv[1:] if arguments is None else arguments), time.monotonic()
     try:
         with stop_on_signal():
+            stand_where_submitted()
             axicon.main(args=words, prog_name="axicon", standalone_mode=False)
         succeeded(" ".join(words[:1]), time.monotonic() - begun)
     except Stopped as stopped:
@@ -36,8 +41,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(stopped.exit_code)
     except click.exceptions.Abort:
         sys.exit(130)
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.format_message(), err=True)
+        sys.exit(WRONG_INPUT)
     except click.ClickException as error:
-        click.echo(f"axicon: {error.format_message()} (axicon --help)", err=True)
+        where = error.ctx.command_path if isinstance(error, click.UsageError) and error.ctx else "axicon"
+        click.echo(f"axicon: {error.format_message()} ({where} --help)", err=True)
         sys.exit(WRONG_INPUT)
     except AxiconError as error:
         if debug():

@@ -40,6 +40,8 @@ BY_ALL: tuple[State, ...] = (*BY_DEFAULT, "current")
 TEMPORARY = re.compile(r"\..+\.(\d+)\.[0-9a-f]{8}\.tmp")
 """Names of what `axicon.model.artefact` writes before it renames; the number is the writer's process."""
 CONVERSION = re.compile(r"gguf-[0-9a-f]{16}-v(\d+)")
+STATISTICS = "statistics"
+"""A folder that may be named as `calibration.shared`; it is not made by itself."""
 COMPILING_S = 600
 """A compiler's scratch folder has no owner in its name; after this time its compiler has been stopped."""
 
@@ -73,7 +75,7 @@ def items(root: Path | None = None) -> list[Item]:
 def _places(root: Path) -> Iterator[Path]:
     """Paths that are listed one by one: one level deeper in the folders with many things."""
     for path in _children(root):
-        if path.name not in ("models", "kernels", "peers", "answers"):
+        if path.name not in ("models", "kernels", "peers", "answers", STATISTICS):
             yield path
             continue
         for inner in _children(path):
@@ -116,6 +118,8 @@ def _kind(parts: Sequence[str], path: Path) -> tuple[str, State, str]:
         return _conversion(path, int(conversion[1])) if len(parts) == 3 else ("empty", "leftover", "empty")
     if parts[0] == "answers":
         return "answers of a model, for quality cards", "current", "made again when needed"
+    if parts[0] == STATISTICS and len(parts) > 1:
+        return "statistics of a calibration sample", "current", "made again when needed"
     if parts[0] == "peers":
         return "model for a benchmark", "current", "made again when needed"
     return "unknown", "foreign", "not axicon's; removed only if named"
@@ -277,6 +281,8 @@ def _alone(item: Item) -> Iterator[bool]:
     if CONVERSION.fullmatch(item.path.parent.name):
         converting = item.path.parent.with_name(f".{item.path.parent.name}.lock")
         locks += [lock for lock in (converting, item.path / "manifest.json") if lock.exists()]
+    if item.name.startswith(f"{STATISTICS}/"):  # who uses a set has its manifest locked
+        locks += [lock for lock in (item.path / "manifest.json",) if lock.exists()]
     descriptors: list[int] = []
     try:
         for lock in locks:

@@ -22,7 +22,7 @@ from axicon.evaluate.run import Tasks
 from axicon.model import checkpoint
 from axicon.model.artefact import claim
 from axicon.model.machine import cores
-from axicon.recipe import Recipe
+from axicon.settings import Recipe
 from jobs import card_text
 from jobs.card_file import Card
 from jobs.card_measure import SERVED, Asked, measure_quality, measure_serving

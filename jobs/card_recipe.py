@@ -6,7 +6,8 @@ from pathlib import Path
 
 from pydantic import Field
 
-from axicon.recipe import Dtype, Paths, Recipe, Words
+from axicon.recipe import Dtype
+from axicon.settings import Paths, Recipe, Words
 
 
 class CardRecipe(Recipe):

@@ -32,7 +32,7 @@ def change(name: str, row: Row) -> str:
     if name.endswith(("/acc", "/acc_norm")):
         return f"{100 * ((row.compressed or 0.0) - (row.dense or 0.0)):+.1f} points"
     if row.ratio >= MANY_TIMES:  # a tied head that got weights of its own
-        return f"x {row.ratio:.0f}"
+        return "+" + written(name, (row.compressed or 0.0) - (row.dense or 0.0))
     return f"{100 * (row.ratio - 1):+.1f} %".replace("+0.0", "0.0").replace("-0.0", "0.0")
 
 
@@ -65,7 +65,7 @@ def missing(rows: Rows) -> list[str]:
             why = row.reason[kind] + (" (dense)" if kind == "dense" else "")
             shown = name.removesuffix("/acc") if name.endswith("/acc") else label(name)
             by_command.setdefault((why, command_for(name)), []).append(shown)
-    return [f"{', '.join(names)}: {why}. `{command}`" for (why, command), names in by_command.items()]
+    return [f"{'; '.join(names)}: {why}. `{command}`" for (why, command), names in by_command.items()]
 
 
 def readme(manifest: Manifest, rows: Rows) -> str:
@@ -105,7 +105,20 @@ def _markdown_table(rows: Rows) -> str:
 
 def _method(number: int, link: Link) -> str:
     settings = ", ".join(f"{key} {json.dumps(value)}" for key, value in link.settings.items())
-    return f"{number}. `{link.method}`" + (f": {settings}" if settings else "")
+    return f"{number}. `{link.method}`" + (f": {settings}" if settings else "") + _sample(link)
+
+
+def _sample(link: Link) -> str:
+    """What the method looked at; empty if it looked at nothing."""
+    seen = link.calibration
+    if not seen:
+        return ""
+    text = seen.get("text_sha256")
+    source = f"from the text with sha256 {str(text)[:16]}…" if text else "that the dense model wrote"
+    return (
+        f". It looked at {seen.get('windows')} windows of {seen.get('window')} tokens {source} "
+        f"(seed {seen.get('seed')}, {seen.get('inputs')} inputs)"
+    )
 
 
 def protocols(rows: Rows) -> Iterator[str]:
@@ -114,8 +127,8 @@ def protocols(rows: Rows) -> Iterator[str]:
     if basis := rows["perplexity"].basis:
         text = str(basis.get("text") or "")[:16]
         yield (
-            f"Perplexity: {basis.get('protocol')}, {basis.get('windows')} windows of the text with sha256 "
-            f"{text}…"
+            f"Perplexity: protocol {basis.get('protocol')}, {basis.get('windows')} windows of the text with "
+            f"sha256 {text}…"
         )
     tasks = {name.partition("/")[0]: row for name, row in rows.items() if "examples shown" in row.basis}
     for task in [name for name in ZERO_SHOT if name in tasks] + [t for t in tasks if t not in ZERO_SHOT]:

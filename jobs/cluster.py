@@ -23,6 +23,7 @@ from typing import Any, Literal
 
 from axicon.errors import AxiconError
 from jobs.cluster_file import ClusterFile, LocalNode, Metadata, NodeType
+from jobs.stop import rearm
 
 LONGEST_BASE = 20
 """Characters. HAProxy takes socket paths of 97, and Ray puts a node's name of 57 into them."""
@@ -106,6 +107,8 @@ def local_ray(
     with _private(metadata) as folder:
         from ray import serve  # noqa: F401 - slow, so it is done while others may be at work
 
+        if not debug:
+            logging.getLogger("ray.serve").setLevel(logging.ERROR)
         before_start()
         _start(metadata.local, folder, dashboard_port, debug)
         try:
@@ -132,6 +135,7 @@ def _start(node: LocalNode, folder: Path, dashboard_port: int | None, debug: boo
             log_to_driver=debug,
             logging_level=logging.INFO if debug else logging.ERROR,
         )
+        rearm()
     except Exception as error:
         raise _not_started(error) from error
 

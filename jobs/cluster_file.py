@@ -6,6 +6,7 @@ is wrong is found before anything is started and said in one line, with the near
 
 from __future__ import annotations
 
+import difflib
 import importlib.util
 import json
 from collections.abc import Mapping, Sequence
@@ -18,7 +19,8 @@ import yaml
 from pydantic import Field
 
 from axicon.errors import AxiconError
-from axicon.recipe import Recipe, ServeRecipe, unknown_key
+from axicon.recipe import ServeRecipe
+from axicon.settings import Recipe, unknown_key
 
 R = TypeVar("R", bound=Recipe)
 
@@ -183,6 +185,9 @@ def _content(path: Path) -> dict[str, Any]:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         reason = " ".join(str(error).split())
         raise AxiconError(f"{path}: no valid YAML ({reason}); mend the file") from None
+    if isinstance(content, dict) and "metadata" not in content:
+        for near in difflib.get_close_matches("metadata", map(str, content), n=1):
+            raise AxiconError(f"{path}: {unknown_key(near, ['metadata'])}")
     if not isinstance(content, dict) or not isinstance(content.get("metadata"), dict):
         raise AxiconError(f"{path}: has no `metadata`; start from the shipped {shipped()}")
     return content

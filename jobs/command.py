@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -12,7 +12,7 @@ import yaml
 
 from axicon import __version__
 from axicon.errors import AxiconError
-from axicon.recipe import Recipe, fields
+from axicon.settings import Recipe, fields
 from jobs.submitted import begin
 
 R = TypeVar("R", bound=Recipe)
@@ -53,6 +53,8 @@ def settings(recipe: type[Recipe]) -> list[tuple[str, str]]:
 def _typed(value: Any) -> str:
     if value is None:
         return "none"
+    if isinstance(value, Mapping) and list(value) == ["method"]:  # as it is typed
+        return str(value["method"])
     return ",".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
@@ -104,7 +106,20 @@ def read_file(path: Path) -> dict[str, Any]:
     return content
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+class Verbs(click.Group):
+    """A group that lists its verbs with whole sentences: cut short, they do not say what a verb does."""
+
+    group_class = type
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        rows = [
+            (name, command.get_short_help_str(limit=1000)) for name, command in sorted(self.commands.items())
+        ]
+        with formatter.section("Commands"):
+            formatter.write_dl(rows)
+
+
+@click.group(cls=Verbs, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__, "--version", message="%(version)s")
 def axicon() -> None:
     """Compress an open language model, repair it, prove what it still can do, and serve it.

@@ -15,7 +15,7 @@ from typing import Any
 from pydantic import Field
 
 from axicon.errors import AxiconError
-from axicon.recipe import Recipe, Words
+from axicon.settings import Recipe, Words
 from jobs.labels import label
 
 WEIGHTS, BITS, PERPLEXITY = "weights", "bits per weight", "perplexity"

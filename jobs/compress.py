@@ -7,12 +7,13 @@ card is ever written again.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import platform
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -22,17 +23,22 @@ import transformers
 
 from axicon import __version__
 from axicon.compress.calibration import Calibration
+from axicon.compress.chain import Chain
 from axicon.compress.directory import compress_blocks, write_calibrated, write_compressed
 from axicon.compress.estimate import Estimate, estimate, state_bytes
+from axicon.compress.rules import check_fit
+from axicon.compress.shared import Shared
+from axicon.compress.walk import reshaped
 from axicon.compress.work import Work, work_folder
-from axicon.errors import AxiconError, RunFailed
+from axicon.errors import AxiconError, RunFailed, counted
 from axicon.model import checkpoint
 from axicon.model.artefact import atomic_directory, claim, read_manifest, write_manifest
 from axicon.model.intact import problems
 from axicon.model.machine import available_memory, cores
 from axicon.protocols import Compressor
-from axicon.recipe import CompressRecipe
-from jobs.calibration import Sample
+from axicon.recipe import SERVED_BY_DEFAULT, CompressRecipe
+from axicon.settings import Method
+from jobs.calibration import Sample, shared_set
 from jobs.card import report_of
 from jobs.card_file import Card
 from jobs.figures import Measure
@@ -42,6 +48,8 @@ from jobs.shown import size
 from jobs.stop import Stopped
 
 DEFAULT_OUT = Path("artifacts/models")
+ASIDE = ("activations", "shared", "shared_gib")
+"""Settings of the sample that do not decide the bytes."""
 
 
 def run(recipe: CompressRecipe, reporter: Reporter | None = None) -> Report:
@@ -79,7 +87,7 @@ class Plan:
     source: Path
     target: Path
     chain: tuple[Mapping[str, Any], ...]
-    """The parent's methods, then this one."""
+    """The parent's methods, then those of this recipe."""
     parent: Mapping[str, Any]
     licence: str | None
     sample: Sample | None
@@ -96,21 +104,21 @@ class Plan:
                 "name the dense model it was made from"
             )
         checkpoint.check_headers(source)
-        name, method = checkpoint.model_id(recipe.model), recipe.compressor.method
-        out = recipe.out or DEFAULT_OUT / f"{name.replace('/', '--')}-{method}"
+        steps = compressor.steps if isinstance(compressor, Chain) else (compressor,)
+        for method, step in zip(method_names(recipe), steps, strict=True):
+            check_fit(step, method, source)
+        reshaped(compressor, checkpoint.shape_of(source))  # refuses a model that it does not take
+        name = checkpoint.model_id(recipe.model)
+        out = recipe.out or DEFAULT_OUT / f"{name.replace('/', '--')}-{'-'.join(method_names(recipe))}"
         sample = Sample.of(recipe, source) if compressor.needs_inputs else None
-        settings = dataclasses.asdict(compressor)  # type: ignore[call-overload]
         manifest = read_manifest(source) or {}
-        link = {"method": method, "settings": _plain(settings), "axicon": __version__}
-        if sample is not None:
-            link["calibration"] = sample.facts()
         return cls(
             recipe=recipe,
             sample=sample,
             compressor=compressor,
             source=source,
             target=out.expanduser().absolute(),
-            chain=(*manifest.get("chain", ()), link),
+            chain=(*manifest.get("chain", ()), *_links(recipe, compressor, sample)),
             parent={
                 "name": name,
                 "sha256": checkpoint.digest(source),
@@ -122,10 +130,13 @@ class Plan:
     def facts(self) -> dict[str, Any]:
         """What the manifest says beside the files."""
         threads = torch.get_num_threads()
-        aside: Any = {"out": True, "calibration": {"activations"} if self.sample else True}
+        aside: Any = {"out": True, "calibration": set(ASIDE) if self.sample else True}
+        count = len(method_names(self.recipe))
+        methods = [{"method": link["method"], **link["settings"]} for link in self.chain[-count:]]
         recipe = self.recipe.model_dump(mode="json", exclude=aside) | {
             "threads": threads,
-            "compressor": {"method": self.recipe.compressor.method, **self.chain[-1]["settings"]},
+            "compressor": None if self.recipe.chain else methods[0],
+            "chain": methods if self.recipe.chain else [],
         }
         return {
             "kind": "model",
@@ -179,11 +190,40 @@ class Plan:
         return f"made by {method} with {', '.join(changed) or 'other methods before it'}"
 
 
+def methods_of(recipe: CompressRecipe) -> tuple[Method, ...]:
+    """The methods in order. Raises AxiconError for a recipe that names one and several."""
+    if recipe.chain and recipe.compressor != SERVED_BY_DEFAULT:
+        raise AxiconError("compressor and chain: give one; a method alone is no chain")
+    return recipe.chain or (recipe.compressor,)
+
+
+def method_names(recipe: CompressRecipe) -> tuple[str, ...]:
+    return tuple(method.method for method in methods_of(recipe))
+
+
 def build(recipe: CompressRecipe) -> Compressor:
-    """The method. Raises AxiconError for an unknown one (`auto` is none)."""
+    """The method, or the chain of them. Raises AxiconError for an unknown one (`auto` is none), and for an
+    order that cannot be.
+    """
     from axicon.compress import COMPRESSORS
 
-    return recipe.compressor.build(COMPRESSORS, "compressor")
+    if not recipe.chain:
+        alone = recipe.compressor.build(COMPRESSORS, "compressor")
+        Chain(method_names(recipe), (alone,))  # refuses one that needs others before it
+        return alone
+    steps = tuple(one.build(COMPRESSORS, f"chain.{i}") for i, one in enumerate(methods_of(recipe)))
+    return Chain(method_names(recipe), steps)
+
+
+def _links(
+    recipe: CompressRecipe, compressor: Compressor, sample: Sample | None
+) -> Iterator[dict[str, Any]]:
+    """What the manifest says of each method."""
+    steps = compressor.steps if isinstance(compressor, Chain) else (compressor,)
+    for method, step in zip(method_names(recipe), steps, strict=True):
+        settings = dataclasses.asdict(step)  # type: ignore[call-overload]
+        link = {"method": method, "settings": _plain(settings), "axicon": __version__}
+        yield link | ({"calibration": sample.facts()} if sample is not None and step.needs_inputs else {})
 
 
 def source_of(model: str, folder: Path) -> str:
@@ -210,10 +250,11 @@ def _make(plan: Plan, measure: Measure, reporter: Reporter) -> None:
         measure.begin(folder)
 
 
-def _check(plan: Plan, need: Estimate, reporter: Reporter) -> None:
+def _check(plan: Plan, need: Estimate, reporter: Reporter, about: str = "about") -> None:
     need.check(plan.source, plan.target)
+    methods = ", then ".join(method_names(plan.recipe))
     reporter.say(
-        f"{plan.parent['name']} by {plan.recipe.compressor.method} takes about {_seconds(need.seconds)}, "
+        f"{plan.parent['name']} by {methods} takes {about} {_seconds(need.seconds)}, "
         f"{size(need.memory)} of memory and {size(need.disk)} of disk (one block takes "
         f"{need.block_seconds:.2f} s)"
     )
@@ -229,7 +270,7 @@ def _make_calibrated(plan: Plan, sample: Sample, measure: Measure, reporter: Rep
     if work.cleared:
         reporter.say("finished blocks of another recipe, machine or thread count were removed")
     if work.done:
-        reporter.say(f"going on after {work.done} finished blocks in {work.folder}")
+        reporter.say(f"going on after {counted(work.done, 'finished block')} in {work.folder}")
     try:
         tokens = work.sample()
         if tokens is None:
@@ -237,29 +278,55 @@ def _make_calibrated(plan: Plan, sample: Sample, measure: Measure, reporter: Rep
             work.keep_sample(tokens)
         calibration = Calibration(tokens, dense=plan.recipe.calibration.inputs == "dense")
         if work.done < checkpoint.shape_of(plan.source).layers:
-            need = estimate(plan.compressor, plan.source, dtype, calibration)
-            states = state_bytes(plan.source, dtype, calibration)
-            on_disk = _on_disk(plan.recipe, need.memory, states)
-            _check(plan, need.with_states(states, on_disk), reporter)
-            with reporter.track("blocks") as advance:
-                compress_blocks(
-                    plan.compressor,
-                    plan.source,
-                    work,
-                    calibration,
-                    dtype=dtype,
-                    on_disk=on_disk,
-                    progress=_with_time_left(advance, work.done),
-                )
+            with _shared(plan.source, sample, calibration, dtype, reporter) as shared:
+                need = estimate(plan.compressor, plan.source, dtype, calibration)
+                states = state_bytes(plan.source, dtype, calibration)
+                on_disk = shared is None and _on_disk(plan.recipe, need.memory, states)
+                if shared is None:
+                    need = need.with_states(states, on_disk)
+                # What another run has left does not take its time again.
+                _check(plan, need, reporter, "about" if shared is None else "at most about")
+                with reporter.track("blocks") as advance:
+                    compress_blocks(
+                        plan.compressor,
+                        plan.source,
+                        work,
+                        calibration,
+                        dtype=dtype,
+                        on_disk=on_disk,
+                        shared=shared,
+                        progress=_with_time_left(advance, work.done),
+                    )
         seen = {"sha256": calibration.sha256, "block_errors": work.errors()}
         with atomic_directory(plan.target) as folder:
             write_calibrated(plan.source, folder, work, dtype=dtype)
             write_manifest(folder, **facts, calibration=sample.facts() | seen)
             measure.begin(folder)
     except Stopped as stopped:
-        stopped.kept = f"{work.done} finished blocks are kept in {work.folder}; run the same command to go on"
+        stopped.kept = f"finished blocks kept in {work.folder}: {work.done}; run the same command to go on"
         raise
     work.remove()
+
+
+@contextlib.contextmanager
+def _shared(
+    source: Path, sample: Sample, calibration: Calibration, dtype: torch.dtype, reporter: Reporter
+) -> Iterator[Shared | None]:
+    """What other runs know of the sample, and what this one adds; None where nothing is shared."""
+    if sample.folder is None:
+        yield None
+    elif not calibration.dense:
+        reporter.say(
+            "calibration.shared: with inputs=sequential the sample is all that runs have in common; "
+            "inputs=dense shares the statistics too"
+        )
+        yield None
+    else:
+        shared = shared_set(sample.folder, source, calibration, dtype)
+        try:
+            yield shared
+        finally:
+            shared.close()
 
 
 def _on_disk(recipe: CompressRecipe, memory: int, states: int) -> bool:
@@ -276,7 +343,8 @@ def _with_time_left(advance: Advance, before: int) -> Advance:
 
     def told(done: int, total: int, note: str) -> None:
         left = (time.monotonic() - start) / (done - before) * (total - done)
-        advance(done, total, f"{note}, about {_seconds(left)} left" if done < total else note)
+        rest = [f"about {_seconds(left)} left"] if done < total else []
+        advance(done, total, ", ".join([note, *rest] if note else rest))
 
     return told
 

@@ -98,7 +98,7 @@ class Dashboard:
     def _unreachable(self, reason: str) -> AxiconError:
         return AxiconError(
             f"no cluster answers at {self.url} ({reason}); "
-            "`axicon up` starts one on this machine, address=URL names another"
+            "`axicon up` starts one on this machine"
         )
 
     def _no_dashboard(self) -> AxiconError:
@@ -107,8 +107,11 @@ class Dashboard:
     def _refused(self, code: int, body: str) -> AxiconError:
         if code in (401, 403):
             what = f"the token from {self.token_from}" if self.token else "a request without a token"
+            # It goes before the file.
+            first = "unset RAY_AUTH_TOKEN and " if self.token_from == "RAY_AUTH_TOKEN" else ""
             return AxiconError(
-                f"the cluster at {self.url} refuses {what}; name the file with its own in RAY_AUTH_TOKEN_PATH"
+                f"the cluster at {self.url} refuses {what}; {first}name the file with its own in "
+                "RAY_AUTH_TOKEN_PATH"
             )
         if code == 404:
             return self._no_dashboard()
@@ -126,7 +129,7 @@ def find(name: str | None = None, address: str | None = None) -> Dashboard:
         token = _read_token(Path(cluster.token_path))
         return Dashboard(cluster.dashboard, token, cluster.token_path, cluster)
     if name is not None:
-        raise AxiconError(f"address={address} and name={name} are two clusters; give one of them")
+        raise AxiconError(f"address {address} and name {name} are two clusters; give one of them")
     parts = urlsplit(address if "://" in address else f"http://{address}")
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise AxiconError(f"address={address}: give the URL of the dashboard, such as http://127.0.0.1:8265")

@@ -8,6 +8,7 @@ it cannot. A second deploy replaces what changed, replica by replica.
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import socket
 import time
@@ -19,7 +20,8 @@ from typing import Any
 from pydantic import Field
 
 from axicon.errors import AxiconError, RunFailed
-from axicon.recipe import Recipe, ServeRecipe
+from axicon.recipe import ServeRecipe
+from axicon.settings import Recipe
 from jobs import cluster_file, dashboard, upload
 from jobs.address import check_free, only_this_machine, reachable
 from jobs.cluster_file import OUR_APPLICATION, ClusterFile
@@ -108,6 +110,9 @@ def _arguments(application: Config, host: str, folder: Path | None) -> tuple[Con
                     raise
                 del args["api_keys_env"]
                 notes.append(f"{key} holds no key here: {name} answers this machine only, and without keys")
+    if recipe.admin_keys_env is not None and (folder is not None or recipe.admin_keys_env in os.environ):
+        args["admin_key_hashes"] = [digest.hex() for digest in recipe.admin_key_digests()]
+        del args["admin_keys_env"]
     open_to_all = not (args.get("api_key_hashes") or args.get("api_keys_env") or recipe.allowed_hosts)
     if open_to_all and not only_this_machine(host):
         raise AxiconError(

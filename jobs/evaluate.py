@@ -68,7 +68,7 @@ def run(recipe: EvaluateRecipe, reporter: Reporter | None = None) -> Report:
     subject = Subject(recipe)
     subject.prepare()
     folder = writable_folder((recipe.out or DEFAULT_OUT) / subject.name.replace("/", "__"))
-    record = Record.open(subject.path)
+    record = Record.open(subject.path) if subject.where.adapter is None else None
     if text is not None or tasks is not None:
         subject.decoder  # noqa: B018 - read now, so that what is wrong with it shows first
 
@@ -79,7 +79,7 @@ def run(recipe: EvaluateRecipe, reporter: Reporter | None = None) -> Report:
         measured = None if text is None else measure_perplexity(subject, text, answered, reporter)
         results = {} if tasks is None else measure_tasks(subject, tasks, answered, reporter)
         subject.release()
-        served = measure_speed(recipe, subject.path, reporter) if recipe.speed else None
+        served = measure_speed(recipe, subject.where.folder, reporter) if recipe.speed else None
         speed = None if served is None else Speed.of(served)
 
     samples = results.pop("samples", {})
@@ -132,7 +132,8 @@ def table(report: Report) -> Table:
         result.add_column(column, justify="right" if column in ("value", "of") else "left")
     measured = report.details["axicon"]["perplexity"]
     if measured is not None:
-        of = f"{measured['windows']} windows of {measured['window']}"
+        count = measured["windows"]
+        of = f"{count} window{'s' if count != 1 else ''} of {measured['window']}"
         result.add_row("text", "perplexity", f"{measured['value']:.4f}", "", of)
     speed = report.details["axicon"]["tokens_per_s"]
     for streams in Speed.figures if speed is not None else ():
@@ -154,14 +155,17 @@ class Subject:
     def __init__(self, recipe: EvaluateRecipe) -> None:
         from axicon.compress.walk import Compress
         from axicon.model import checkpoint
+        from axicon.model.adapterfile import locate
 
         self.recipe = recipe
         recipe.build_compressor()  # a wrong name or setting shows before a download
-        self.path = checkpoint.resolve(recipe.model, offline=recipe.offline, revision=recipe.revision)
-        self.compressor = recipe.build_compressor(checkpoint.packed_formats(self.path))
+        self.where = locate(recipe.model, offline=recipe.offline, revision=recipe.revision)
+        self.path = self.where.base
+        packed, shape = checkpoint.packed_formats(self.path), checkpoint.shape_of(self.path)
+        self.compressor = recipe.build_compressor(packed, shape)
         self.name = checkpoint.model_id(recipe.model)
         self.fingerprint: str | None = None
-        self.digest = checkpoint.digest(self.path)
+        self.digest = self.where.digest
         if self.compressor is not None:
             self.digest += f" {Compress(self.compressor)}"
 
@@ -181,10 +185,14 @@ class Subject:
         import torch
 
         from axicon.compress.walk import Compress
-        from axicon.model import checkpoint
+        from axicon.model import adapterfile, checkpoint
 
         decoder = checkpoint.load(self.path, dtype=getattr(torch, self.recipe.dtype))
-        return decoder if self.compressor is None else Compress(self.compressor)(decoder)
+        if self.compressor is not None:
+            decoder = Compress(self.compressor)(decoder)
+        if self.where.adapter is not None:
+            adapterfile.install(decoder, adapterfile.read_adapter(self.where.adapter, decoder.shape))
+        return decoder
 
     def release(self) -> None:
         """Give the memory of the weights back."""

@@ -12,7 +12,8 @@ from rich.text import Text
 from rich.tree import Tree
 
 from axicon.errors import AxiconError
-from axicon.model import checkpoint, interchange
+from axicon.model import adapterfile, checkpoint, interchange
+from axicon.model.artefact import DATASET
 from axicon.model.cachedir import file_digest
 from jobs.manifest import Manifest, Parent
 from jobs.model_report import weight_bytes
@@ -128,13 +129,22 @@ def _embedded(name: str) -> Path | None:
 
 def _digest(place: Path) -> str | None:
     """None where there is nothing to hash, such as missing weights."""
+    place = _whole(place)
     try:
+        if adapterfile.is_adapter(place):
+            return adapterfile.digest(place)
         return file_digest(place) if place.is_file() else checkpoint.digest(place)
     except AxiconError:
         return None
 
 
+def _whole(place: Path) -> Path:
+    """A distilled data set is one file of its directory."""
+    return place / DATASET if (place / DATASET).is_file() else place
+
+
 def _size(place: Path) -> int | None:
+    place = _whole(place)
     try:
         return place.stat().st_size if place.is_file() else weight_bytes(place)
     except (AxiconError, OSError):

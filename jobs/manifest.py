@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 from typing import Any, Self
 
@@ -23,22 +24,34 @@ class Link(_Part):
     settings: dict[str, Any] = {}
     axicon: str = ""
     """Version that applied it."""
+    calibration: dict[str, Any] | None = None
+    """Of a method that looks at data: where its sample comes from."""
 
     def __str__(self) -> str:
         """The method and those settings that differ from its defaults (all, for a method not known here)."""
-        from axicon.compress import COMPRESSORS
-
-        cls = COMPRESSORS.get(self.method)
-        defaults = {
-            field.name: field.default_factory() if callable(field.default_factory) else field.default
-            for field in (dataclasses.fields(cls) if cls else ())  # type: ignore[arg-type]
-        }
+        defaults = self._defaults()
         changed = [
             f"{key}={_short(value)}"
             for key, value in self.settings.items()
             if key not in defaults or _plain(defaults[key]) != _plain(value)
         ]
         return " ".join([self.method, *changed])
+
+    def _defaults(self) -> dict[str, Any]:
+        """Of finetuning, the defaults of its rule and its scheme, as `rule.lr`."""
+        if self.method in ("finetune", "perp"):
+            from axicon.finetune.updates import UPDATE_RULES
+            from axicon.model.adapters import SCHEMES
+
+            rule, scheme = (str(self.settings.get(key)) for key in ("rule", "scheme"))
+            return _of_class(UPDATE_RULES.get(rule), "rule.") | _of_class(SCHEMES.get(scheme), "scheme.")
+        if self.method == "distill":
+            from jobs.distill_recipe import DistillRecipe, flat
+
+            return flat(DistillRecipe().deciding())
+        from axicon.compress import COMPRESSORS
+
+        return _of_class(COMPRESSORS.get(self.method))
 
 
 class Parent(_Part):
@@ -91,10 +104,20 @@ class Manifest(_Part):
         return ", then ".join(map(str, self.chain)) or "dense"
 
 
+def _of_class(cls: Any, prefix: str = "") -> dict[str, Any]:
+    """Defaults of a method's fields; none for a method not known here."""
+    return {
+        prefix + field.name: field.default_factory() if callable(field.default_factory) else field.default
+        for field in (dataclasses.fields(cls) if cls else ())
+    }
+
+
 def _plain(value: Any) -> Any:
     """As JSON would have it."""
     return list(value) if isinstance(value, tuple) else value
 
 
 def _short(value: Any) -> str:
-    return ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+    """A list with commas between, a digest by its beginning."""
+    text = ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+    return text[:12] if re.fullmatch("[0-9a-f]{64}", text) else text

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from axicon.errors import AxiconError
-from jobs import upload
+from jobs import shown, upload
 
 LIMIT_BYTES = 100 * 2**20
 """What the dashboard takes in one request; more is an HTTP 413 (measured)."""
@@ -63,10 +63,10 @@ def look(folder: Path, limit: int = LIMIT_BYTES) -> Parcel:
     packaging._dir_travel(folder, matchers, note, include_gitignore=obey_gitignore, logger=quiet)
     parcel = Parcel(folder, tuple(sorted(found, key=lambda one: (-one[0], one[1]))))
     if parcel.bytes > limit:
-        largest = ", ".join(f"{path} ({size / 2**20:.1f} MiB)" for size, path in parcel.files[:SHOWN])
+        largest = ", ".join(f"{path} ({shown.size(size)})" for size, path in parcel.files[:SHOWN])
         raise AxiconError(
-            f"--working-dir {folder}: {parcel.bytes / 2**20:.1f} MiB would be sent, and a cluster takes "
-            f"{limit / 2**20:.0f}; largest are {largest}; name what a job does not need in "
+            f"--working-dir {folder}: {shown.size(parcel.bytes)} would be sent, and a cluster takes "
+            f"{shown.size(limit)}; largest are {largest}; name what a job does not need in "
             f"{folder / '.rayignore'}, a pattern a line, and put weights and data where every node reads them"
         )
     uri = packaging.get_uri_for_directory(str(folder), obey_gitignore, excludes)

@@ -53,14 +53,21 @@ def look(recipe: LocalServeRecipe) -> dict[str, Any]:
     """What `prepare` changes in the recipe. Raises AxiconError."""
     import torch
 
+    from axicon.generate.build import check_device
     from axicon.model import checkpoint
+    from axicon.model.adapterfile import locate, read_adapter
 
+    check_device(recipe.device)
+    if recipe.sweeps is not None and not recipe.sweeps.is_dir():
+        raise AxiconError(f"sweeps={recipe.sweeps}: there is no such folder; make it, or leave sweeps out")
     recipe.build_compressor()  # a wrong name or setting is found before anything is downloaded
-    folder = checkpoint.resolve(recipe.model, offline=recipe.offline, revision=recipe.revision)
-    recipe.build_compressor(checkpoint.packed_formats(folder))  # refuses one for a model that is packed
-    checkpoint.check(folder, dtype=getattr(torch, recipe.dtype))
+    where = locate(recipe.model, offline=recipe.offline, revision=recipe.revision)
+    recipe.build_compressor(checkpoint.packed_formats(where.base))  # refuses one for a model that is packed
+    shape = checkpoint.check(where.base, dtype=getattr(torch, recipe.dtype))
+    if where.adapter is not None:
+        read_adapter(where.adapter, shape)
     name = recipe.served_name or checkpoint.model_id(recipe.model)
-    return {"model": str(folder), "revision": None, "served_name": name}
+    return {"model": str(where.folder), "revision": None, "served_name": name}
 
 
 def main() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TextIO
 
@@ -13,15 +13,24 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    Task,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.text import Text
 
 Advance = Callable[[int, int, str], None]
 """Called with what is done, what there is to do, and what can be said so far."""
 
 LINE_SECONDS = 10.0
+
+
+class Left(TimeRemainingColumn):
+    """What is left, with the word for it; nothing while the total is not known."""
+
+    def render(self, task: Task) -> Text:
+        return Text.assemble("left ", super().render(task)) if task.total else Text()
 
 
 class Reporter:
@@ -37,6 +46,11 @@ class Reporter:
 
     def say(self, text: str) -> None:
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def figures(self, step: int, metrics: Mapping[str, float]) -> None:
+        """What a run has come to at a step, by the names its report has at the end. Nobody listens here; a
+        sweep draws curves of it and ends bad runs by it, by an exception that is no Exception.
+        """
 
     @contextmanager
     def track(self, what: str) -> Iterator[Advance]:
@@ -54,8 +68,7 @@ class Reporter:
             BarColumn(),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
+            Left(),
             TextColumn("{task.fields[note]}"),
         )
         with Progress(*columns, console=self.console) as progress:

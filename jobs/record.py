@@ -74,8 +74,10 @@ def measure_speed(recipe: EvaluateRecipe, folder: Path, reporter: Reporter) -> S
     """How fast it is when it is served, with the recipe's compressor, in a process of its own."""
     from axicon.evaluate import serving
     from axicon.model import checkpoint
+    from axicon.model.adapterfile import locate
 
-    compressor = recipe.build_compressor(checkpoint.packed_formats(folder))
+    base = locate(folder).base
+    compressor = recipe.build_compressor(checkpoint.packed_formats(base), checkpoint.shape_of(base))
     with reporter.track("speed") as advance:
         return serving.measure(folder, threads=recipe.threads, compressor=compressor, progress=advance)
 

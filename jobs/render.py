@@ -20,7 +20,7 @@ from pydantic import Field
 
 from axicon import __version__
 from axicon.errors import AxiconError
-from axicon.recipe import Recipe, Words
+from axicon.settings import Recipe, Words
 from jobs.cluster_file import ClusterFile, NodeType
 
 API = "ray.io/v1"

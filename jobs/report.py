@@ -11,7 +11,7 @@ from typing import Any
 
 from axicon.errors import AxiconError
 from axicon.model.artefact import write_atomically
-from axicon.recipe import Recipe
+from axicon.settings import Recipe
 
 
 @dataclass(frozen=True, kw_only=True)

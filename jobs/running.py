@@ -123,7 +123,7 @@ def find(name: str | None = None) -> Running:
     found = list(clusters())
     if not found:
         raise AxiconError(
-            "no cluster is running here; start one with `axicon up`, or name one with address=URL"
+            "no cluster is running here; start one with `axicon up`, or give the address of another"
         )
     if len(found) > 1:
         raise AxiconError(

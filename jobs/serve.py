@@ -9,7 +9,6 @@ from __future__ import annotations
 import http.client
 import importlib
 import json
-import logging
 import shlex
 import time
 from collections.abc import Callable
@@ -34,7 +33,7 @@ POLL_S = 0.2
 def run(recipe: LocalServeRecipe, *, say: Callable[[str], None] = print, debug: bool = False) -> None:
     """Serve until SIGINT, SIGTERM or SIGHUP. Raises AxiconError for everything that a user can mend."""
     begin, reporter = time.monotonic(), Reporter()
-    with stop_on_signal() as rearm:
+    with stop_on_signal():
         try:
             check_address(recipe)
             metadata = cluster_file.read(recipe.cluster).metadata
@@ -48,10 +47,9 @@ def run(recipe: LocalServeRecipe, *, say: Callable[[str], None] = print, debug: 
                 Preparation(recipe) as model,
                 cluster.local_ray(metadata, check_model, recipe.dashboard_port, debug=debug) as folder,
             ):
-                rearm()  # Ray puts a handler of its own in the place of ours
                 resolved = model.result()
                 reporter.say(f"loading {resolved.served_name}")
-                deploy(resolved, debug=debug)
+                deploy(resolved)
                 wait_until_ready(resolved)
                 say(ready_line(resolved, time.monotonic() - begin))
                 reporter.say(f"logs are in {folder}/ray/session_latest/logs until it ends; Ctrl-C ends it")
@@ -62,12 +60,10 @@ def run(recipe: LocalServeRecipe, *, say: Callable[[str], None] = print, debug: 
             reporter.say("stopped")
 
 
-def deploy(recipe: LocalServeRecipe, *, debug: bool = False) -> None:
+def deploy(recipe: LocalServeRecipe) -> None:
     """Start Serve and hand it the application. Returns before the model is loaded."""
     from ray import serve
 
-    if not debug:
-        logging.getLogger("ray.serve").setLevel(logging.ERROR)
     serve.start(proxy_location="HeadOnly", http_options={"host": recipe.host, "port": recipe.port})
     module, _, name = IMPORT_PATH.partition(":")
     build = getattr(importlib.import_module(module), name)

@@ -12,7 +12,7 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
-from axicon.recipe import Recipe
+from axicon.settings import Recipe
 from jobs import dashboard
 from jobs.dashboard import Dashboard
 from jobs.deploy import APPLICATIONS, reason
@@ -21,6 +21,8 @@ RAYS_OWN = ("node:", "object_store_memory", "memory")
 """Resources Ray gives every node by itself."""
 GROUP = "ray.io/node-group"
 """The label with a node's type."""
+PLAIN = ("SUCCEEDED", "RUNNING")
+"""States of a job to which Ray's message adds nothing."""
 
 
 class StatusRecipe(Recipe):
@@ -136,7 +138,7 @@ def job(entry: dict[str, Any]) -> Job:
         entrypoint=entry["entrypoint"],
         started=started.isoformat(timespec="seconds") if started else None,
         seconds=(end - start) / 1000 if start and end else None,
-        message="" if entry["status"] == "SUCCEEDED" else (entry.get("message") or ""),
+        message="" if entry["status"] in PLAIN else (entry.get("message") or ""),
     )
 
 
@@ -149,6 +151,8 @@ def show(status: Status, console: Console) -> None:
     head = f"{status.name or 'cluster'} at {status.dashboard}"
     if status.storage:
         head += f", storage {status.storage}"
+    if status.serve:
+        head += f", Serve on {status.serve}"
     console.print(Text(head))
     console.print(Group(_nodes(status), _applications(status), _jobs(status)))
 
@@ -186,7 +190,8 @@ def _jobs(status: Status) -> Table | Text:
     table = _table("\njob", "\nstatus", "\nseconds", "\nwhat", "\nmessage")
     for one in status.jobs:
         took = "-" if one.seconds is None else f"{one.seconds:.0f}"
-        what = one.entrypoint if len(one.entrypoint) <= 60 else f"{one.entrypoint[:57]}..."
+        what = one.entrypoint.removeprefix("exec ")
+        what = what if len(what) <= 60 else f"{what[:57]}..."
         message = one.message.strip().splitlines()[-1][:120] if one.message.strip() else "-"
         table.add_row(one.id, one.status.lower(), took, what, message)
     return table

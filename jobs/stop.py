@@ -7,11 +7,17 @@ from __future__ import annotations
 
 import contextlib
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from types import FrameType
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 NOTHING_KEPT = "nothing half written is left; rerun the same command to begin again"
+
+
+Handler = Callable[[int, FrameType | None], None]
+_handler: Handler | None = None
+"""Of the innermost `stop_on_signal`."""
 
 
 class Stopped(BaseException):
@@ -33,11 +39,11 @@ class Stopped(BaseException):
 
 
 @contextlib.contextmanager
-def stop_on_signal() -> Iterator[Callable[[], None]]:
+def stop_on_signal() -> Iterator[None]:
     """Raise Stopped on the first signal that asks for the end, and on a second one, which hurries it.
 
-    Yields a function that sets the handlers again. They are set even where SIGINT was ignored, as shells have
-    it for a command in the background: whoever sends it means it.
+    The handlers are set even where SIGINT was ignored, as shells have it for a command in the background:
+    whoever sends it means it.
     """
     asked = 0
 
@@ -47,14 +53,61 @@ def stop_on_signal() -> Iterator[Callable[[], None]]:
         if asked <= 2:
             raise Stopped(number)
 
-    def arm() -> None:
-        for number in SIGNALS:
-            signal.signal(number, handler)
-
-    before = {number: signal.getsignal(number) for number in SIGNALS}
-    arm()
+    global _handler
+    before, outer = {number: signal.getsignal(number) for number in SIGNALS}, _handler
+    _handler = handler
+    rearm()
     try:
-        yield arm
+        yield
     finally:
+        _handler = outer
         for number, old in before.items():
             signal.signal(number, old)
+
+
+@contextlib.contextmanager
+def noted(note: Callable[[Stopped], None]) -> Iterator[None]:
+    """For the time of the block the first signal is handed to `note` instead of raised, and only the next is.
+
+    For loops within Ray: its waits make a SystemError of what a handler raises, and around some of them it
+    takes that for the end of a task.
+    """
+    global _handler
+    outer, seen = _handler, False
+
+    def handler(number: int, frame: FrameType | None) -> None:
+        nonlocal seen
+        if seen:
+            raise Stopped(number)
+        seen = True
+        note(Stopped(number))
+
+    if outer is None:
+        yield
+        return
+    _handler = handler
+    rearm()
+    try:
+        yield
+    finally:
+        _handler = outer
+        rearm()
+
+
+@contextlib.contextmanager
+def unwrapped() -> Iterator[None]:
+    """For the time of the block, what a handler raised within a wait of Ray's is raised as it was."""
+    try:
+        yield
+    except SystemError as error:
+        if isinstance(error.__cause__, Stopped):
+            raise error.__cause__ from None
+        raise
+
+
+def rearm() -> None:
+    """Set the handlers again, to be called when Ray has started in this process: it sets one for SIGTERM."""
+    if _handler is None or threading.current_thread() is not threading.main_thread():
+        return
+    for number in SIGNALS:
+        signal.signal(number, _handler)

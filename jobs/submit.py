@@ -28,14 +28,15 @@ from jobs import dashboard, follow, parcel, plan, running
 from jobs.address import is_loopback
 from jobs.shown import size
 from jobs.stop import Stopped
+from jobs.submitted import SUBMITTED_FROM
 
 STOP_WAIT_S = 60
 """Between SIGTERM and SIGKILL: a pass over a long window, and writing what was measured."""
 TIMEOUT_S = 60.0
 YOUNG_S = 30.0
 """A cluster that has just started answers before it can take jobs."""
-LIKE_HERE = ("AXICON_CACHE", "HF_HOME", "HF_HUB_OFFLINE")
-"""On a cluster of this machine a job finds models where the verb would."""
+LIKE_HERE = ("AXICON_CACHE", "AXICON_DATA", "HF_HOME", "HF_HUB_OFFLINE")
+"""On a cluster of this machine a job finds models and data where the verb would."""
 ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,100}")
 
 
@@ -92,7 +93,7 @@ def run(
                 say(f"submitting {name}: {todo.entrypoint.removeprefix('exec ')}")
                 whose = how.working_dir or "axicon itself"
                 say(f"  to {found.url}, with {len(package.files)} files of {whose} ({size(package.bytes)})")
-                send(jobs, how, todo, package.folder, name, environment(todo, here) | secrets)
+                send(jobs, how, todo, package.folder, name, environment(todo) | secrets)
             else:
                 say(f"{name} runs already; this is its log")
             if how.detach:
@@ -109,13 +110,14 @@ def passed_on(names: Sequence[str]) -> dict[str, str]:
     return {name: os.environ[name] for name in names}
 
 
-def environment(todo: plan.Plan, here: bool) -> dict[str, str]:
+def environment(todo: plan.Plan) -> dict[str, str]:
     """What the job finds in its environment beside what the cluster gives it."""
     env = {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_S), "TOKENIZERS_PARALLELISM": "false"}
     if threads := todo.recipe.get("threads"):
         env |= dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(threads))
-    if here:
+    if todo.place is not None:
         env |= {name: os.environ[name] for name in LIKE_HERE if name in os.environ}
+        env[SUBMITTED_FROM] = str(todo.place)
     return env
 
 

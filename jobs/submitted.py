@@ -15,8 +15,10 @@ import sys
 from pathlib import Path
 from typing import Any, TypeVar
 
+from axicon.errors import AxiconError
 from axicon.model.presence import living, present
-from axicon.recipe import ModelRecipe, Recipe
+from axicon.recipe import ModelRecipe
+from axicon.settings import Recipe
 
 R = TypeVar("R", bound=Recipe)
 
@@ -25,6 +27,8 @@ atexit.register(_signs.close)
 
 JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """Where Ray tells the entrypoint of a job what it was submitted as."""
+SUBMITTED_FROM = "AXICON_SUBMITTED_FROM"
+"""The folder in which `axicon submit` was typed, where that is on the machine of the cluster."""
 SESSION = Path("/proc/self/autogroup")
 """The weight of this process's session against others."""
 WHOLE_LINES = {
@@ -44,6 +48,22 @@ def submission() -> str | None:
         return str(metadata["job_submission_id"])
     except (ValueError, KeyError, TypeError):
         return None
+
+
+def stand_where_submitted() -> None:
+    """Relative paths, however deep in a recipe, mean the same to a job as to whoever submitted it.
+
+    Raises AxiconError where that folder is gone.
+    """
+    folder = os.environ.get(SUBMITTED_FROM)
+    if folder is None or submission() is None:
+        return
+    try:
+        os.chdir(folder)
+    except OSError as error:
+        raise AxiconError(
+            f"{folder}: this was submitted from there ({error.strerror}); submit it from another folder"
+        ) from None
 
 
 def digest(verb: str, recipe: Any) -> str:

@@ -19,7 +19,7 @@ import psutil
 from pydantic import Field
 
 from axicon.errors import AxiconError, RunFailed
-from axicon.recipe import Recipe
+from axicon.settings import Recipe
 from jobs import cluster, cluster_file, dashboard, holder, reaper, running
 from jobs.address import check_free
 from jobs.progress import Reporter
@@ -90,7 +90,8 @@ def usage(found: running.Running) -> str:
         [
             f"  dashboard  {found.dashboard} (it asks for the token in {found.token_path})",
             f"  storage    {found.storage}",
-            f"  jobs       export {exports}",
+            f"  jobs       axicon submit --cluster {found.name} evaluate demo text=FILE",
+            f"  Ray's own  export {exports}",
             "             ray job submit --working-dir . -- python -m jobs evaluate demo text=FILE",
             f"  serve      axicon deploy name={found.name}",
             f"  look       axicon status {found.name}",

@@ -9,7 +9,7 @@ from rich.table import Table
 
 from axicon.errors import AxiconError
 from axicon.model import checkpoint
-from axicon.model.artefact import MANIFEST, MEASURED
+from axicon.model.artefact import MANIFEST, MEASURED, OTHER_KINDS, read_manifest
 from axicon.model.intact import Problem, problem_of, problems
 from jobs.card_file import read_rows
 from jobs.model_report import ModelReport
@@ -53,6 +53,11 @@ def table(verdict: Verdict) -> Table:
 
 
 def _summary(folder: Path) -> str:
+    manifest = read_manifest(folder) or {}
+    if kind := OTHER_KINDS.get(manifest.get("kind", "")):
+        files = manifest["files"]
+        total = size(sum(entry["bytes"] for entry in files.values()))
+        return f"{folder} is intact: {kind} of {total}, every byte as its {MANIFEST} says"
     shape = checkpoint.shape_of(folder)
     kind = "+".join(checkpoint.packed_formats(folder)) or "dense"
     what = f"{shape.architecture} of {shape.layers} blocks, {kind}"

@@ -3,15 +3,26 @@
 from __future__ import annotations
 
 import atexit
+import gc
 import os
 import shutil
 import socket
 import tempfile
 from pathlib import Path
+from typing import Any
 
+import hypothesis
 import pytest
 
+pytest_plugins = ["tests.cluster"]
+
 ROOT = Path(__file__).resolve().parent.parent
+
+# The same examples in every run, and no test fails because the machine was busy.
+hypothesis.settings.register_profile(
+    "axicon", deadline=None, derandomize=True, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("axicon")
 
 RAY_TMPDIR = tempfile.mkdtemp(prefix="ax-")
 """Private, so that no other Ray is found or disturbed; short, because socket paths are limited."""
@@ -35,6 +46,26 @@ def pytest_unconfigure() -> None:
     shutil.rmtree(RAY_TMPDIR, ignore_errors=True)
     # Triton, which transformers imports, lists its leaks when the interpreter ends, after pytest's last line.
     atexit.register(lambda: os.dup2(os.open(os.devnull, os.O_WRONLY), 2))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """In several processes, one has all that starts Ray, whose clusters are made once a session; the rest
+    goes file by file.
+    """
+    from xdist.scheduler import LoadFileScheduling
+
+    class RayTogether(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = super()._split_scope(nodeid)
+            return "ray" if file.endswith("_ray.py") else file
+
+    return RayTogether(config, log)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What starts Ray takes longest, so that comes first."""
+    items.sort(key=lambda item: not item.path.name.endswith("_ray.py"))
 
 
 @pytest.fixture(scope="session")
@@ -68,3 +99,12 @@ def _loopback_only(monkeypatch: pytest.MonkeyPatch) -> None:
         connect(self, address)  # type: ignore[arg-type]
 
     monkeypatch.setattr(socket.socket, "connect", guarded)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _only_new_garbage() -> None:
+    """What a process has imported is not looked through again whenever a test returns memory: hundreds of
+    thousands of objects, a fifth of a second each time.
+    """
+    gc.collect()
+    gc.freeze()

@@ -1,9 +1,11 @@
-"""`axicon lineage`, `axicon export` and `axicon cache`: what lies on disk."""
+"""`axicon lineage`, `axicon export`, `axicon allocate` and `axicon cache`: what lies on disk."""
 
 from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
+from typing import Literal
 
 import click
 
@@ -35,26 +37,55 @@ def lineage(model: str, as_json: bool) -> None:
 
 
 @axicon.command()
-@click.argument("form", metavar="FORMAT", type=click.Choice(["compressed-tensors"]))
+@click.argument("form", metavar="FORMAT", type=click.Choice(["compressed-tensors", "gguf"]))
 @click.argument("model", metavar="DIR")
 @click.argument("words", metavar="out=DIR2 [zeros=packed]", nargs=-1)
-def export(form: str, model: str, words: tuple[str, ...]) -> None:
-    """Write the compressed model in DIR to DIR2 in a FORMAT that other programs read.
+def export(form: Literal["compressed-tensors", "gguf"], model: str, words: tuple[str, ...]) -> None:
+    """Write the model in DIR to DIR2 in a FORMAT that other programs read.
 
-    Codes and scales stay what they are. transformers reads the result with the package compressed-tensors.
-    Where products have zeros (gptq, awq), their codes take a byte each: transformers does not read packed
-    zeros. zeros=packed packs them for programs that do.
+    Codes and scales stay what they are as far as the format can hold them; notes say where it cannot.
+
+    compressed-tensors: transformers reads it with the package of that name. Where products have zeros (gptq,
+    awq), their codes take a byte each: transformers does not read packed zeros. zeros=packed packs them for
+    programs that do.
+
+    gguf: one file for llama.cpp and the programs around it, of the LLaMA and Qwen families. Products become
+    Q4_0, Q4_1 or Q8_0, what is dense stays dense.
 
     \b
-    Example:
+    Examples:
       axicon export compressed-tensors ./my-model-int4 out=./my-model-ct
+      axicon export gguf ./my-model-int4 out=./my-model-gguf
     """
     from jobs import export as job
 
     recipe = job.ExportRecipe.parse(words)
-    for note in job.run(model, recipe):
+    for note in job.run(form, model, recipe):
         click.echo(f"note: {note}")
     click.echo(f"it lies in {recipe.out}")
+
+
+@axicon.command()
+@click.argument("words", metavar="DIR DIR... bytes=N out=RECIPE", nargs=-1)
+def allocate(words: tuple[str, ...]) -> None:
+    """Choose settings block by block under a budget of bytes, from models that have one setting everywhere.
+
+    The DIRs are models that `axicon compress` made of one model by one method, with calibration.inputs=dense
+    and different settings: what each block loses by each of them is in their manifests. The recipe written to
+    RECIPE has the mixture with the least sum of squared errors of blocks; `axicon compress RECIPE` makes it.
+
+    \b
+    Examples:
+      axicon allocate ./bits3 ./bits4 ./bits8 bytes=110_000_000 out=mixed.yaml
+      axicon compress mixed.yaml out=./mixed
+    """
+    from jobs import allocate as job
+
+    folders = [Path(word) for word in words if "=" not in word]
+    recipe = job.AllocateRecipe.parse([word for word in words if "=" in word])
+    for line in job.run(folders, recipe):
+        click.echo(line)
+    click.echo(f"it lies in {recipe.out}\nmake it: axicon compress {recipe.out} out=DIR")
 
 
 @axicon.group(invoke_without_command=True)
@@ -80,8 +111,8 @@ def cache(ctx: click.Context, as_json: bool) -> None:
         click.echo(f"{cache_dir()} is empty")
         return
     job.show(found, f"{cache_dir()}, {total}")
-    if useless := job.chosen(found):
-        click.echo(f"`axicon cache clean` would free {size(sum(item.bytes for item in useless))}")
+    if useless := sum(item.bytes for item in job.chosen(found)):
+        click.echo(f"`axicon cache clean` would free {size(useless)}")
 
 
 @cache.command()

@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 
 import click
 
-from axicon.recipe import Recipe
+from axicon.settings import Recipe
 from jobs.command import Verb, axicon
 from jobs.deploy import DeployRecipe
 from jobs.render import KuberayRecipe, OnpremRecipe

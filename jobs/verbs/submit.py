@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from axicon.recipe import split_words
+from axicon.settings import split_words
 from jobs.command import axicon
 
 
@@ -58,6 +58,8 @@ def submit(
     chosen = [bool(words), follow is not None, stop is not None, listing]
     if sum(chosen) != 1:
         raise click.UsageError("give a verb to run, or one of --follow, --stop and --list")
+    if words and words[0].startswith("-"):  # not refused before, as the verb may have options
+        raise click.NoSuchOption(words[0], ctx=click.get_current_context())
     from jobs import submit as job
 
     how = job.Submission(
@@ -76,7 +78,12 @@ def submit(
     elif stop is not None:
         job.stop(how, stop, click.echo)
     elif listing:
-        for row in job.listing(how):
-            click.echo("  ".join(row))
+        rows = job.listing(how)
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        for row in rows:
+            cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+            click.echo("  ".join(cells).rstrip())
+        if not rows:
+            click.echo("no job was submitted to this cluster")
     else:
         job.run(how, axicon, words[0], words[1:], click.echo)

@@ -59,6 +59,19 @@ def states() -> dict[str, str]:
     return {item.name: item.state for item in cache.items()}
 
 
+def test_statistics_of_samples_are_listed_and_stay_while_a_run_has_them_open(root: Path) -> None:
+    write(root / "statistics" / "set-0123456789abcdef" / "manifest.json", 20)
+    write(root / "statistics" / "set-0123456789abcdef" / "states-00001" / "model.safetensors", 3000)
+    [found] = [item for item in cache.items() if item.name.startswith("statistics/")]
+    assert (found.state, found.bytes) == ("current", 3020)
+    lock = "file = open(sys.argv[1]); fcntl.flock(file, fcntl.LOCK_SH)"
+    with process(lock, found.path / "manifest.json"):
+        assert states()[found.name] == "in use"
+        assert cache.remove(found) is None
+    assert cache.remove(found) == 3020
+    assert not found.path.exists()
+
+
 def left() -> set[str]:
     return set(states())
 

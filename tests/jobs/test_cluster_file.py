@@ -75,6 +75,7 @@ def test_the_node_table_is_read_whole() -> None:
         ),
         ("metadata/jobs/evaluate/entry_point", "x", "in metadata.jobs.evaluate, unknown key 'entry_point'"),
         ("metadata/jobs/evaluate/entrypoint_num_cpus", -1, "must be greater than or equal to 0"),
+        ("metadata/version", 9, "in metadata, version=9: must be less than or equal to 1"),
         ("available_node_types/cpu/resources", {"CPU": 0.5}, "0.5 is not of type 'integer'"),
         ("available_node_types/cpu/labels", {"port": 80}, "80 is not of type 'string'"),
         ("head_node_type", "haed", "'haed' is not in available_node_types, which has head, cpu, gpu"),
@@ -97,6 +98,9 @@ def test_a_key_that_is_only_spelt_otherwise_is_not_called_missing(
 ) -> None:
     content["metadata"]["serv"] = content["metadata"].pop("serve")
     with pytest.raises(AxiconError, match="unknown key 'serv': did you mean 'serve'"):
+        cluster_file.read(written(content, tmp_path))
+    content["metdata"] = content.pop("metadata")
+    with pytest.raises(AxiconError, match="unknown key 'metdata': did you mean 'metadata'"):
         cluster_file.read(written(content, tmp_path))
 
 

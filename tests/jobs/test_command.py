@@ -10,8 +10,10 @@ from click.testing import CliRunner
 
 from axicon import __version__
 from axicon.errors import AxiconError, RunFailed
-from axicon.recipe import EvaluateRecipe, LocalServeRecipe, fields
+from axicon.recipe import EvaluateRecipe, LocalServeRecipe
+from axicon.settings import fields
 from jobs import __main__ as command
+from jobs.finetune_recipe import FinetuneRecipe
 
 
 def shown(*words: str) -> str:
@@ -32,12 +34,16 @@ def test_help_names_every_verb_and_a_first_step() -> None:
         assert f"\n  {verb}" in text
 
 
-@pytest.mark.parametrize(("verb", "recipe"), [("serve", LocalServeRecipe), ("evaluate", EvaluateRecipe)])
+@pytest.mark.parametrize(
+    ("verb", "recipe"),
+    [("serve", LocalServeRecipe), ("evaluate", EvaluateRecipe), ("finetune", FinetuneRecipe)],
+)
 def test_help_of_a_verb_lists_every_setting(verb: str, recipe: type) -> None:
     text = shown(verb, "--help")
     missing = [key for key, _ in fields(recipe) if key != "model" and f"  {key}=" not in text]
     assert not missing
     assert "Examples:" in text
+    assert "name of the method" not in text
 
 
 def test_version() -> None:
@@ -77,7 +83,9 @@ def test_a_recipe_file_and_overrides(tmp_path: Path) -> None:
         (("evaluate", "demo"), "nothing to measure"),
         (("serve", "none.yaml"), "none.yaml: cannot be read (No such file or directory)"),
         (("srve",), "No such command 'srve'"),
-        (("serve", "--shw"), "No such option"),
+        (("serve", "--shw"), "No such option '--shw'. Did you mean '--show'? (axicon serve --help)"),
+        (("render", "kuberay", "--x"), "(axicon render kuberay --help)"),
+        (("submit", "--x", "verify"), "No such option '--x'. (axicon submit --help)"),
         (("serve", "demo", "host=0.0.0.0"), "no API keys are configured"),
         (("serve", "demo", "api_keys_env=AXICON_NO_SUCH"), "this environment variable holds no key"),
         (("serve", "demo", "cluster=none.yaml"), "cannot be read"),
@@ -91,6 +99,22 @@ def test_a_mistake_is_one_line_and_exit_code_2(
     assert says in text
     assert text.startswith("axicon: ")
     assert text.count("\n") == 1
+
+
+@pytest.mark.parametrize("words", [(), ("render",)])
+def test_a_group_without_a_verb_lists_its_verbs_in_whole_sentences(
+    capsys: pytest.CaptureFixture[str], words: tuple[str, ...]
+) -> None:
+    code, text = run(capsys, *words)
+    assert code == 2
+    assert text.startswith("Usage: ")
+    assert "Commands:\n" in text
+    assert "..." not in text.partition("Commands:\n")[2]
+
+
+def test_help_has_a_method_as_it_is_typed(capsys: pytest.CaptureFixture[str]) -> None:
+    command.main(["serve", "--help"])
+    assert "compressor=auto " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("text", ["a: [", "just text", "1: 2"])

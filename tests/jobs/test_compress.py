@@ -1,14 +1,10 @@
-"""`axicon compress` from a recipe to a directory, and whatever can go wrong on the way."""
+"""`axicon compress` from a recipe to a directory: what is made, and what it does when it is used."""
 
 from __future__ import annotations
 
 import io
 import json
-import multiprocessing
-import os
 import shutil
-import signal
-import time
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -16,30 +12,22 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
-from click.testing import CliRunner
-from transformers import LlamaConfig, LlamaForCausalLM
 
-from axicon.compress import COMPRESSORS, directory
+from axicon.compress import directory
 from axicon.compress.llm_int8 import LLMInt8
 from axicon.compress.walk import Compress
-from axicon.errors import AxiconError, RunFailed
+from axicon.errors import AxiconError
 from axicon.evaluate import serving, speed
 from axicon.generate.build import build_engine
 from axicon.generate.local import LocalModel
 from axicon.kernels import native
 from axicon.model import checkpoint, machine
-from axicon.model.artefact import MEASURED, claim
+from axicon.model.artefact import MEASURED
 from axicon.model.decoder import Decoder
-from axicon.recipe import SERVED_BY_DEFAULT, CompressRecipe, EvaluateRecipe, LocalServeRecipe, ServeRecipe
-from jobs import __main__ as command
-from jobs import compress, evaluate, prepare, stop
+from axicon.recipe import EvaluateRecipe, LocalServeRecipe, ServeRecipe
+from jobs import compress, evaluate, prepare
 from jobs.progress import Reporter
-from jobs.report import Report
-from tests.faults import failing, failures
-from tests.services.fake_engine import byte_tokenizer
-
-INT8 = {"method": "llm_int8", "relative": 5.0}
+from tests.jobs.compressing import INT8, dense_model, prose, run
 
 
 @pytest.fixture(autouse=True)
@@ -54,32 +42,10 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model whose widths the C++ kernels take, with a tied head and a tokenizer."""
     native.why_unavailable()  # compiled here once, and not again in the caches of the tests
     folder = tmp_path_factory.mktemp("models") / "tiny"
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=272, hidden_size=96, intermediate_size=160, num_hidden_layers=3, num_attention_heads=6,
-        num_key_value_heads=2, head_dim=32, max_position_embeddings=256, tie_word_embeddings=True,
-        bos_token_id=None, eos_token_id=256, initializer_range=0.15,
-    )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(folder)
-    byte_tokenizer().save_pretrained(folder)
+    dense_model(folder)
     (folder / "notes.txt").write_text("not the model")
     (folder / "LICENSE").write_text("free")
     return folder
-
-
-def recipe(dense: Path, out: Path, **settings: Any) -> CompressRecipe:
-    values = {"model": str(dense), "out": out, "threads": 1, "measure": False, "compressor": INT8, **settings}
-    return CompressRecipe(**values)
-
-
-def run(dense: Path, out: Path, said: io.StringIO | None = None, **settings: Any) -> Report:
-    return compress.run(recipe(dense, out, **settings), Reporter(said or io.StringIO()))
-
-
-def prose(tmp_path: Path) -> Path:
-    path = tmp_path / "prose.txt"
-    path.write_text("The lamp went out. She waited for the door. " * 20)
-    return path
 
 
 class TestWhatIsMade:
@@ -259,220 +225,6 @@ class TestUse:
         with pytest.raises(AxiconError, match=r"compressed already \(int8\); .* the dense model") as caught:
             actions[use]()
         assert "\n" not in str(caught.value)
-
-
-class TestWhatIsThereAlready:
-    def test_the_same_recipe_is_done(self, dense: Path, tmp_path: Path) -> None:
-        first = run(dense, tmp_path / "small")
-        before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "small").iterdir()}
-        said = io.StringIO()
-        again = run(dense, tmp_path / "small", said, threads=2, measure=True)
-        assert "is there already, made by this recipe, and intact" in said.getvalue()
-        assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "small").iterdir()} == before
-        assert again.metrics == first.metrics
-        assert again.details["done"]
-
-    @pytest.mark.parametrize(
-        ("settings", "says"),
-        [
-            ({"compressor": INT8 | {"relative": 4.0}}, r"made by llm_int8 with relative=5\.0"),
-            ({"dtype": "float32"}, "dtype bfloat16, not float32"),
-        ],
-    )
-    def test_another_recipe_is_refused(
-        self, settings: dict[str, Any], says: str, dense: Path, tmp_path: Path
-    ) -> None:
-        run(dense, tmp_path / "small")
-        with pytest.raises(AxiconError, match=rf"holds another model \({says}\); choose another"):
-            run(dense, tmp_path / "small", **settings)
-
-    def test_another_model_is_refused(self, dense: Path, tmp_path: Path) -> None:
-        run(dense, tmp_path / "small")
-        other = tmp_path / "other"
-        shutil.copytree(dense, other)
-        config = json.loads((other / "config.json").read_text())
-        (other / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 1e-3}))
-        with pytest.raises(AxiconError, match=rf"made from {dense}, or from another version of it"):
-            run(other, tmp_path / "small")
-
-    def test_what_was_not_made_here_is_refused(self, dense: Path, tmp_path: Path) -> None:
-        (tmp_path / "notes").mkdir()
-        (tmp_path / "file").write_text("")
-        for out in (tmp_path / "notes", tmp_path / "file", dense):
-            with pytest.raises(AxiconError, match="exists already; choose another directory or remove it"):
-                run(dense, out)
-
-    def test_damage_is_not_called_done(self, dense: Path, tmp_path: Path) -> None:
-        run(dense, tmp_path / "small")
-        (tmp_path / "small" / "tokenizer.json").write_text("{}")
-        with pytest.raises(RunFailed, match=r"is damaged now \(tokenizer.json has 2 bytes.*remove it"):
-            run(dense, tmp_path / "small")
-
-
-class TestRefusals:
-    def test_too_little_memory(self, dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("axicon.compress.estimate.available_memory", lambda: 100_000)
-        with pytest.raises(AxiconError, match=r"about 0\.03 GiB of memory, 0\.00 GiB are available; stop"):
-            run(dense, tmp_path / "small")
-        assert not (tmp_path / "small").exists()
-
-    def test_too_little_disk(self, dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        usage = type(shutil.disk_usage(tmp_path))(1 << 30, 1 << 30, 1 << 20)
-        monkeypatch.setattr(shutil, "disk_usage", lambda place: usage)
-        with pytest.raises(AxiconError, match=r"takes about 0\.03 GiB, 0\.00 GiB are free on that disk; "):
-            run(dense, tmp_path / "deep" / "small")
-        assert not (tmp_path / "deep" / "small").exists()
-
-    @pytest.mark.parametrize(
-        ("settings", "says"),
-        [
-            ({"compressor": "gptq4"}, "compressor=gptq4: known are .*llm_int8"),
-            ({"compressor": "auto"}, "compressor=auto: known are .*llm_int8"),
-            ({"compressor": INT8 | {"treshold": 1}}, "did you mean 'threshold'"),
-            ({"model": "./none"}, "no such file or directory"),
-            ({"text": "none.txt"}, "none.txt"),
-            ({"window": 300}, "window=300: the model knows 256 positions; give window=256"),
-            ({"window": 200, "windows": 10**6}, "not 1000000: ask for windows=4"),
-        ],
-    )
-    def test_what_is_wrong_shows_before_the_work(
-        self,
-        settings: dict[str, Any],
-        says: str,
-        dense: Path,
-        tmp_path: Path,
-        monkeypatch: pytest.MonkeyPatch,
-    ) -> None:
-        monkeypatch.setattr(compress, "estimate", lambda *_: pytest.fail("the work began"))
-        with pytest.raises(AxiconError, match=says):
-            run(dense, tmp_path / "small", **{"text": str(prose(tmp_path)), **settings})
-
-    def test_two_jobs_into_one_directory(self, dense: Path, tmp_path: Path) -> None:
-        with claim(tmp_path / "small"):
-            start = time.monotonic()
-            with pytest.raises(AxiconError, match=rf"another axicon \(process {os.getpid()}\) is making it"):
-                run(dense, tmp_path / "small")
-            assert time.monotonic() - start < 5
-        run(dense, tmp_path / "small")
-
-
-class TestFailures:
-    def test_whatever_fails_there_is_a_whole_model_or_none_and_a_rerun_completes(
-        self, dense: Path, tmp_path: Path
-    ) -> None:
-        run(dense, tmp_path / "want")
-        want = json.loads((tmp_path / "want" / "manifest.json").read_text())["files"]
-        target, lines = tmp_path / "out" / "small", []
-        for failed in failures(lambda: run(dense, target)):
-            assert isinstance(failed, AxiconError), failed
-            assert "\n" not in str(failed)
-            lines.append(str(failed))
-            if target.exists():
-                run(dense, target)  # intact and called done, or this raises
-                shutil.rmtree(target)
-            assert list(target.parent.iterdir() if target.parent.exists() else ()) == []
-        assert len(lines) > 40
-        assert sum("No space left on device" in line for line in lines) > 20
-        assert json.loads((target / "manifest.json").read_text())["files"] == want
-
-    def test_killed_or_stopped_anywhere(self, dense: Path, tmp_path: Path) -> None:
-        """In processes forked by one that has loaded torch and computed nothing."""
-        context = multiprocessing.get_context("spawn")
-        process = context.Process(target=_kill_at_some_points, args=(dense, tmp_path))
-        process.start()
-        process.join()
-        assert process.exitcode == 0
-
-
-def _kill_at_some_points(dense: Path, tmp_path: Path) -> None:
-    target = tmp_path / "out" / "small"
-    for number in (1, 2, 5, 30, 60, 70):
-        assert _forked(lambda n=number: _die_at(n, dense, target)) == -signal.SIGKILL, number
-        # A process that is killed cannot clean up: what is left is hidden, and unlocked.
-        assert not target.exists()
-    assert _forked(lambda: _stop_in_the_middle(dense, target)) == 143
-    assert not target.exists()
-    assert _forked(lambda: run(dense, target)) == 0
-    assert [path.name for path in target.parent.iterdir()] == ["small"]
-
-
-def _forked(action: Callable[[], object]) -> int:
-    process = multiprocessing.get_context("fork").Process(target=action)
-    process.start()
-    process.join()
-    return int(process.exitcode or 0)
-
-
-def _die_at(number: int, dense: Path, target: Path) -> None:
-    with failing(number, kill=True):
-        run(dense, target)
-
-
-def _stop_in_the_middle(dense: Path, target: Path) -> None:
-    def stopping(*_: object, **__: object) -> None:
-        os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(1)
-
-    compress.write_manifest = stopping  # type: ignore[assignment]
-    try:
-        with stop.stop_on_signal():
-            run(dense, target)
-    except stop.Stopped as stopped:
-        assert list(target.parent.iterdir()) == []
-        os._exit(stopped.exit_code)
-
-
-class TestCommand:
-    def shown(self, *words: str) -> dict[str, Any]:
-        output = CliRunner().invoke(command.axicon, ["compress", *words, "--show"], catch_exceptions=False)
-        return dict(yaml.safe_load(output.output))
-
-    def test_a_method_stands_for_the_recipe_that_comes_with_axicon(self) -> None:
-        assert self.shown("llm_int8") == self.shown("llm_int8.yaml") == self.shown("recipes/llm_int8.yaml")
-        same = CompressRecipe(**self.shown("llm_int8")).compressor, SERVED_BY_DEFAULT
-        made = [method.build(COMPRESSORS, "compressor") for method in same]
-        assert made[0] == made[1]
-
-    def test_settings_are_laid_over_it(self) -> None:
-        recipe = self.shown("llm_int8", "model=x", "compressor.relative=3", "out=a/b")
-        assert recipe["compressor"] == {"method": "llm_int8", "threshold": 6.0, "relative": "3"}
-        assert (recipe["model"], recipe["out"]) == ("x", "a/b")
-
-    def test_a_file_that_lies_here_wins(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.chdir(tmp_path)
-        assert self.shown("llm_int8.yaml")["model"] == "demo"
-        (tmp_path / "llm_int8.yaml").write_text("model: mine\n")
-        assert self.shown("llm_int8.yaml")["model"] == "mine"
-
-    @pytest.mark.parametrize(
-        ("words", "says"),
-        [
-            ((), "name a method first: axicon compress "),
-            (("llm_int",), "'llm_int' is no compression method: did you mean 'llm_int8'; a model is named"),
-            (("demo",), "; a model is named with model=demo"),
-            (("other/llm_int8.yaml",), "cannot be read"),
-            (("llm_int8", "compressor=none"), "compressor"),
-            (("llm_int8", "outt=x"), "did you mean 'out'"),
-        ],
-    )
-    def test_a_mistake_is_one_line(
-        self, words: tuple[str, ...], says: str, capsys: pytest.CaptureFixture[str]
-    ) -> None:
-        with pytest.raises(SystemExit) as caught:
-            command.main(["compress", *words])
-        said = capsys.readouterr().err
-        assert caught.value.code == 2
-        assert says in said
-        assert said.count("\n") == 1
-
-    def test_the_command_itself(
-        self, dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-    ) -> None:
-        words = ["llm_int8", f"model={dense}", f"out={tmp_path / 'small'}", "measure=false", "threads=1"]
-        command.main(["compress", *words])
-        said = capsys.readouterr()
-        assert f"serve it: axicon serve {tmp_path / 'small'}" in said.out
-        assert "weights" in said.out
 
 
 def test_estimates_grow_with_the_model(dense: Path) -> None:

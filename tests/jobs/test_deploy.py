@@ -52,6 +52,17 @@ def test_keys_travel_as_digests_only(monkeypatch: pytest.MonkeyPatch) -> None:
         assert notes == []
 
 
+def test_admin_keys_travel_as_digests_too(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    file = file_with(tmp_path, admin_keys_env="AXICON_TEST_ADMIN", api_keys_env=None)
+    with pytest.raises(AxiconError, match="admin_keys_env=AXICON_TEST_ADMIN"):
+        configuration(file, DeployRecipe(), here=True)
+    monkeypatch.setenv("AXICON_TEST_ADMIN", "sk-secret")
+    config, _ = configuration(file, DeployRecipe(), here=True)
+    args = config["applications"][0]["args"]
+    assert args["admin_key_hashes"] == [hashlib.sha256(b"sk-secret").hexdigest()]
+    assert "admin_keys_env" not in args
+
+
 def test_elsewhere_the_file_decides_and_the_cluster_has_the_keys() -> None:
     config, notes = configuration(cluster_file.read(), DeployRecipe(port=9000), here=False)
     assert config["http_options"] == {"host": "0.0.0.0", "port": 9000}

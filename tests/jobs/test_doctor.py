@@ -33,6 +33,14 @@ def test_a_healthy_machine_is_not_broken_and_every_complaint_has_a_way_out() -> 
     assert all(finding.do for finding in findings if finding.level != "ok")
 
 
+@pytest.mark.parametrize(("flags", "noted"), [({"avx2"}, True), ({"avx2", "avx512f"}, False), (set(), False)])
+def test_a_processor_that_is_slow_in_bfloat16_is_noted(
+    flags: set[str], noted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("axicon.kernels.native.cpu_flags", lambda: frozenset(flags))
+    assert ("bfloat16" in {finding.topic for finding in doctor.processor()}) == noted
+
+
 def test_text_and_json_say_the_same() -> None:
     findings = [Finding("ok", "a", "well"), Finding("unsafe", "topic", "open", "close it")]
     assert doctor.as_text(findings).splitlines() == [

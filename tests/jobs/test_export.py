@@ -92,7 +92,7 @@ def test_whatever_operation_of_the_disk_fails(tmp_path: Path) -> None:
     for number in range(1, 16):
         with failing(number):
             try:
-                job.run(str(source), job.ExportRecipe(out=target))
+                job.run("compressed-tensors", str(source), job.ExportRecipe(out=target))
             except AxiconError as error:
                 said.append(str(error))
         if target.exists():

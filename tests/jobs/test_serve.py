@@ -20,6 +20,18 @@ def recipe(**values: object) -> LocalServeRecipe:
     return LocalServeRecipe.model_validate(values)
 
 
+def test_a_gpu_that_is_not_there_is_found_out_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(AxiconError, match="device=cuda: torch finds no CUDA device here"):
+        look(recipe(device="cuda"))
+
+
+def test_on_a_gpu_auto_leaves_the_model_as_it_is() -> None:
+    """The int8 that it means on a CPU finds its outliers there alone; who names it gets it."""
+    assert recipe(device="cuda").build_compressor() is None
+    assert recipe(device="cuda", compressor="llm_int8").build_compressor() is not None
+
+
 @pytest.mark.parametrize(
     ("make", "says"),
     [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import signal
 
 import pytest
@@ -34,6 +35,41 @@ def test_sigint_counts_even_where_the_shell_had_it_ignored() -> None:
             signal.raise_signal(signal.SIGINT)
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+def test_a_signal_is_noted_where_raising_would_get_lost_and_the_next_one_is_raised() -> None:
+    found: list[stop.Stopped] = []
+    with stop.stop_on_signal():
+        with stop.noted(found.append):
+            signal.raise_signal(signal.SIGTERM)
+            assert [one.exit_code for one in found] == [143]
+            with pytest.raises(stop.Stopped):
+                signal.raise_signal(signal.SIGTERM)
+        with pytest.raises(stop.Stopped):
+            signal.raise_signal(signal.SIGTERM)
+    assert len(found) == 1
+
+
+def test_what_ray_has_wrapped_comes_out_as_it_was() -> None:
+    with pytest.raises(stop.Stopped), stop.unwrapped():
+        raise SystemError("wait returned a result with an exception set") from stop.Stopped()
+    with pytest.raises(SystemError), stop.unwrapped():
+        raise SystemError
+
+
+@pytest.mark.parametrize("beneath", [True, False])
+def test_a_handler_that_ray_has_set_is_gone(beneath: bool) -> None:
+    """Ray sets one in Python and, when a process is a driver, one beneath it that Python does not know of."""
+    stop.rearm()
+    with stop.stop_on_signal():
+        if beneath:
+            ctypes.CDLL(None).signal(signal.SIGTERM, ctypes.c_void_p(1))  # SIG_IGN
+        else:
+            signal.signal(signal.SIGTERM, lambda *_: None)
+        signal.raise_signal(signal.SIGTERM)
+        stop.rearm()
+        with pytest.raises(stop.Stopped):
+            signal.raise_signal(signal.SIGTERM)
 
 
 @pytest.mark.parametrize(

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import io
-import json
 import os
 import signal
-import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,9 +14,8 @@ from typing import Any
 import pytest
 
 from axicon.errors import AxiconError, RunFailed
-from axicon.recipe import EvaluateRecipe
 from jobs import __main__ as command
-from jobs import dashboard, follow, parcel, plan, submit, submitted
+from jobs import dashboard, follow, parcel, plan, submit
 from jobs.stop import Stopped, stop_on_signal
 
 WORDS = ("demo", "text=text.txt", "windows=2")
@@ -94,8 +90,8 @@ def test_a_job_is_submitted_followed_and_told_of(fake: FakeJobs, tmp_path: Path)
     said = run()
     [sent] = fake.sent
     assert sent["submission_id"].startswith("evaluate-demo-")
-    text, out = tmp_path / "text.txt", tmp_path / "artifacts" / "evaluate"
-    assert sent["entrypoint"] == f"exec python -m jobs evaluate demo windows=2 text={text} out={out}"
+    text = tmp_path / "text.txt"
+    assert sent["entrypoint"] == f"exec python -m jobs evaluate demo windows=2 text={text}"
     assert sent["files"] == {"a.py": "a = 1\n"}
     # What is sent is read twice; the folder itself may be written to meanwhile.
     assert sent["folder"] != tmp_path / "code"
@@ -171,12 +167,36 @@ def test_the_name_changes_with_all_that_can_change_a_result(fake: FakeJobs, tmp_
     assert len({first, *others}) == 4
 
 
+@pytest.mark.parametrize(("verb", "same"), [("evaluate", True), ("card", False)])
+def test_what_was_measured_of_a_model_is_another_input_only_to_who_reads_it(
+    fake: FakeJobs, tmp_path: Path, verb: str, same: bool
+) -> None:
+    model = tmp_path / "model"
+    model.mkdir()
+    measured = ("report.json", "card.json", "README.md")
+    for file in ("model.safetensors", "manifest.json", "config.json", *measured):
+        (model / file).write_text("{}")
+
+    def name() -> str:
+        return plan.make(
+            command.axicon, verb, (f"model={model}", "text=text.txt"), here=True, sent=Path("code")
+        ).name("")
+
+    first = name()
+    for file in measured:
+        (model / file).write_text('{"perplexity": 20.0}')
+    assert (name() == first) is same
+    (model / "config.json").write_text('{"other": 1}')
+    assert name() != first
+
+
 @pytest.mark.parametrize(
     ("words", "says"),
     [
         (("evaluate", "demo", "txt=text.txt"), "unknown key 'txt': did you mean 'text'?"),
         (("evaluate", "demo", "windows=0"), "windows=0: must be greater"),
-        (("evaluat", "demo"), "no such verb 'evaluat'"),
+        (("evaluat", "demo"), "no such verb 'evaluat': did you mean 'evaluate'?"),
+        (("xyz",), "no such verb 'xyz': `axicon --help` lists them"),
         (("serve", "demo"), "serve cannot be submitted: it holds a cluster of its own"),
         (("evaluate", "none.yaml"), "none.yaml: cannot be read"),
     ],
@@ -339,26 +359,6 @@ def test_the_list_has_a_line_for_each_job(fake: FakeJobs) -> None:
     assert (name, status, took, what) == ("x", "SUCCEEDED", "3 s", "python -m jobs evaluate")
 
 
-def test_the_parcel_holds_what_ray_would_send(tmp_path: Path) -> None:
-    """Beside Ray's own archive of the same folder."""
-    from ray._private import ray_constants
-    from ray._private.runtime_env.packaging import create_package
-
-    for name in ("a.py", "b/c.py", "b/large.bin", "b/.gitignore", ".git/x", "x/__pycache__/y", "kept.log"):
-        (tmp_path / "w" / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / "w" / name).write_text(name * 100)
-    (tmp_path / "w" / "b" / ".gitignore").write_text("*.bin\n")
-    (tmp_path / "w" / ".rayignore").write_text("*.log\n!kept.log\n")
-    target = tmp_path / "theirs.zip"
-    excludes = ray_constants.get_runtime_env_default_excludes()
-    create_package(str(tmp_path / "w"), target, include_gitignore=True, excludes=excludes)
-    with zipfile.ZipFile(target) as theirs:
-        names = {name for name in theirs.namelist() if not name.endswith("/")}
-    ours = parcel.look(tmp_path / "w")
-    assert {str(path) for _, path in ours.files} == names
-    assert target.stat().st_size <= ours.bytes <= target.stat().st_size + 1000
-
-
 def test_a_full_disk_is_one_line_and_nothing_is_sent(fake: FakeJobs, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -367,19 +367,6 @@ def test_a_full_disk_is_one_line_and_nothing_is_sent(fake: FakeJobs, monkeypatch
     with pytest.raises(AxiconError, match=r"code: cannot be copied to .* \(No space left on device\)"):
         run()
     assert fake.sent == []
-
-
-def test_too_large_an_upload_names_the_largest_files(tmp_path: Path) -> None:
-    for number in range(7):
-        (tmp_path / f"part{number}.bin").write_bytes(bytes(number * 2**18))
-    with pytest.raises(AxiconError) as caught:
-        parcel.look(tmp_path, limit=2**21)
-    text = str(caught.value)
-    assert "5.3 MiB would be sent, and a cluster takes 2; largest are part6.bin (1.5 MiB), part5.bin" in text
-    assert str(tmp_path / ".rayignore") in text
-    assert "part1.bin" not in text
-    (tmp_path / ".rayignore").write_text("*.bin\n")
-    assert [str(path) for _, path in parcel.look(tmp_path, limit=2**20).files] == [".rayignore"]
 
 
 def test_a_working_directory_that_is_not_there_is_one_line(fake: FakeJobs) -> None:
@@ -402,61 +389,3 @@ def test_one_thing_at_a_time(words: tuple[str, ...], capsys: pytest.CaptureFixtu
         command.main(list(words))
     assert caught.value.code == 2
     assert "give a verb to run, or one of --follow, --stop and --list" in capsys.readouterr().err
-
-
-@pytest.fixture
-def in_a_job(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[int]], None]:
-    monkeypatch.setenv(submitted.JOB_CONFIG, json.dumps({"metadata": {"job_submission_id": "me"}}))
-    monkeypatch.setattr(submitted, "step_back", lambda: None)
-    monkeypatch.setattr(submitted, "present", lambda kind: contextlib.nullcontext())
-
-    def beside(servers: list[int]) -> None:
-        monkeypatch.setattr(submitted, "living", lambda kind: servers)
-
-    return beside
-
-
-def test_beside_a_server_a_job_takes_one_thread_and_says_so(
-    in_a_job: Callable[[list[int]], None], capsys: pytest.CaptureFixture[str]
-) -> None:
-    in_a_job([77])
-    assert submitted.begin("evaluate", EvaluateRecipe()).threads == 1
-    assert "job me, recipe " in (said := capsys.readouterr().err)
-    assert "1 thread: a server runs on this machine (process 77)" in said
-    assert submitted.begin("evaluate", EvaluateRecipe(threads=2)).threads == 2
-    in_a_job([])
-    assert submitted.begin("evaluate", EvaluateRecipe()).threads is None
-
-
-def test_a_job_steps_back_as_a_thread_and_as_a_session(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    done: list[Any] = []
-    monkeypatch.setattr(submitted, "SESSION", tmp_path / "autogroup")
-    monkeypatch.setattr(os, "nice", done.append)
-    monkeypatch.setattr(os, "sched_setscheduler", lambda pid, policy, _: done.append(policy), raising=False)
-    submitted.step_back()
-    assert done[0] == 19
-    assert done[1:] == ([os.SCHED_IDLE] if hasattr(os, "SCHED_IDLE") else [])
-    assert (tmp_path / "autogroup").read_text() == "19"
-    monkeypatch.setattr(submitted, "SESSION", tmp_path / "not" / "there")
-    submitted.step_back()
-
-
-def test_outside_a_job_nothing_is_said_or_changed(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(submitted, "living", lambda kind: [77])
-    assert submitted.begin("evaluate", EvaluateRecipe()).threads is None
-    assert capsys.readouterr().err == ""
-
-
-def test_without_a_terminal_there_are_no_bars(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("TQDM_DISABLE", raising=False)
-    monkeypatch.setattr("sys.stderr", io.StringIO())
-    with monkeypatch.context() as inside:
-        for name in submitted.WHOLE_LINES:
-            inside.setenv(name, "x")
-            inside.delenv(name)
-        submitted.keep_lines_whole()
-        assert os.environ["TQDM_DISABLE"] == "1"

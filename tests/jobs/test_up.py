@@ -161,6 +161,13 @@ JOB = {
     "end_time": 4_000,
     "message": "first\nno such model",
 }
+ON_ITS_WAY = JOB | {
+    "submission_id": "evaluate-2",
+    "status": "RUNNING",
+    "entrypoint": "exec python -m jobs evaluate demo",
+    "end_time": None,
+    "message": "Job is currently running.",
+}
 
 
 def test_a_status_is_tables_for_people_and_json_for_programs() -> None:
@@ -172,7 +179,7 @@ def test_a_status_is_tables_for_people_and_json_for_programs() -> None:
         serve=None,
         nodes=[status.node(NODE), status.node(dead)],
         applications=[],
-        jobs=[status.job(JOB)],
+        jobs=[status.job(JOB), status.job(ON_ITS_WAY)],
     )
     said = io.StringIO()
     status.show(found, Console(file=said, width=120))
@@ -188,6 +195,9 @@ def test_a_status_is_tables_for_people_and_json_for_programs() -> None:
     assert "no application; `axicon deploy` puts one there" in text
     assert [line.split() for line in text.splitlines() if "evaluate-1" in line] == [
         ["evaluate-1", "failed", "3", "python", "-m", "jobs", "evaluate", "demo", "no", "such", "model"]
+    ]
+    assert [line.split() for line in text.splitlines() if "evaluate-2" in line] == [
+        ["evaluate-2", "running", "-", "python", "-m", "jobs", "evaluate", "demo", "-"]
     ]
     again = json.loads(status.as_json(found))
     assert again["nodes"][0]["resources"] == {"CPU": 8.0}

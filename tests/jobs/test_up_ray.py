@@ -25,7 +25,7 @@ from jobs import reaper
 from jobs.address import is_loopback
 from jobs.cluster import free_ports
 from jobs.deploy import reason
-from tests.jobs.conftest import TestCluster
+from tests.cluster import TestCluster
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 

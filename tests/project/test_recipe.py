@@ -7,7 +7,9 @@ import hashlib
 import pytest
 
 from axicon.errors import AxiconError
-from axicon.recipe import EvaluateRecipe, LocalServeRecipe, ServeRecipe, fields, parse_overrides
+from axicon.model.shape import ModelShape
+from axicon.recipe import EvaluateRecipe, LocalServeRecipe, ServeRecipe
+from axicon.settings import fields, parse_overrides
 
 
 def test_the_field_decides_what_a_typed_value_becomes() -> None:
@@ -22,6 +24,11 @@ def test_the_field_decides_what_a_typed_value_becomes() -> None:
 def test_lists_are_typed_with_commas_or_brackets() -> None:
     assert EvaluateRecipe.parse(["tasks=sst2, rte"]).tasks == ("sst2", "rte")
     assert EvaluateRecipe.parse(["tasks=[sst2, 1]"]).tasks == ("sst2", "1")
+
+
+def test_a_template_is_text() -> None:
+    for text in ("{{ text }} It was", "{% if a %}b{% endif %}"):
+        assert parse_overrides([f"data.template={text}"]) == {"data": {"template": text}}
 
 
 def test_overrides_win_over_values_key_by_key() -> None:
@@ -119,6 +126,12 @@ def test_what_is_served_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
     named = ServeRecipe.parse(["compressor=llm_int8"])
     assert repr(named.build_compressor()) == "LLMInt8(threshold=6.0, relative=0.0, head=True, skip=())"
     assert ServeRecipe.model_validate(named.model_dump(mode="json")).compressor == named.compressor
+    sizes = {"model_type": "llama", "hidden_size": 128, "num_attention_heads": 4, "intermediate_size": 256}
+    run_by_kernels = ModelShape.from_config(sizes)
+    gated = ModelShape.from_config(sizes | {"attention_variant": {"gate": "linear"}})
+    assert repr(ServeRecipe().build_compressor((), run_by_kernels)) == default
+    assert ServeRecipe().build_compressor((), gated) is None, "int8 is slow in torch"
+    assert named.build_compressor((), gated) is not None
     monkeypatch.setattr("axicon.kernels.native.why_unavailable", lambda: "no compiler")
     assert ServeRecipe().build_compressor() is None
     assert named.build_compressor() is not None

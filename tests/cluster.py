@@ -19,9 +19,8 @@ import yaml
 
 from jobs import cluster_file, reaper, running
 from jobs.cluster import free_ports
-from tests.conftest import ROOT
-from tests.services.tiny import tiny_model
 
+ROOT = Path(__file__).resolve().parent.parent
 AXICON = Path(sysconfig.get_path("scripts")) / "axicon"
 NAME = "axicon-tests"
 
@@ -65,6 +64,8 @@ def clean_env(**more: str) -> dict[str, str]:
 
 def small_file(folder: Path, port: int) -> Path:
     """A cluster.yaml like the shipped one, with three nodes and a tiny model in its Serve application."""
+    from tests.services.tiny import tiny_model  # torch, which most tests of this session may not need
+
     content: dict[str, Any] = yaml.safe_load(cluster_file.shipped().read_text())
     content["available_node_types"]["gpu"]["min_workers"] = 1
     content["metadata"]["local"] |= {"object_store_mib": 80, "storage_path": str(folder / "storage")}
