@@ -25,7 +25,8 @@ from rich.table import Table
 
 from axicon.errors import AxiconError
 from axicon.model.machine import cores
-from axicon.recipe import ModelRecipe, Words
+from axicon.recipe import ModelRecipe
+from axicon.settings import Words
 
 BAR = 3.0
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib.util
 import statistics
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -23,10 +24,13 @@ from rich.table import Table
 
 from axicon.errors import AxiconError
 from axicon.model.machine import cores
-from axicon.recipe import Dtype, Recipe, Words, split_words
+from axicon.recipe import Dtype
+from axicon.settings import Recipe, Words, split_words
 
 Counts = Annotated[tuple[int, ...], BeforeValidator(split_words)]
 WARM_TOKENS = 8
+REST_S = 0.5
+"""Before each turn: threads of the peer before may still spin, those of vLLM for 0.2 s."""
 
 
 class DecodeBench(Recipe):
@@ -93,6 +97,7 @@ def _is_present(name: str) -> bool:
 
 
 def _run(worker: Worker, recipe: DecodeBench, streams: int, new_tokens: int) -> dict[str, Any]:
+    time.sleep(REST_S)
     return worker.run(
         streams=streams,
         prompt_tokens=recipe.prompt_tokens,

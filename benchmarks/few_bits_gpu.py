@@ -8,16 +8,13 @@ device copies as many bytes as a product cannot do without: packed weight, x and
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import torch
-from int8_gpu import CACHE_BYTES, Counts, copy_bandwidth, per_product
-from measure import RESULTS, complain, save, surroundings, version
+from gpu import CACHE_BYTES, Counts, ProductBench, measure, new_table, per_product, run, show
 from pydantic import Field
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
@@ -25,57 +22,14 @@ from axicon.errors import AxiconError
 from axicon.model.binary_code import BinaryCodeLinear
 from axicon.model.group_int import GroupIntLinear
 from axicon.model.packed import PackedLinear
-from axicon.recipe import Recipe, Words
 
 Product = Callable[[Tensor], Tensor]
 WAYS = ("int4", "binary3_lookup", "binary3_weights", "binary3_torch", "bf16")
 
 
-class FewBitsGpuBench(Recipe):
+class FewBitsGpuBench(ProductBench):
     rows: Counts = Field((1, 4, 16, 128), min_length=1, description="rows of x, comma between")
-    shapes: Words = Field(
-        ("4096x4096", "14336x4096", "4096x14336"), min_length=1, description="outputs x inputs, comma between"
-    )
     group: int = Field(64, ge=8, description="columns of a group")
-    repeat_ms: int = Field(200, ge=1, description="time spent on one figure")
-    out: Path = Field(RESULTS, description="folder for the JSON file")
-
-    def sizes(self) -> list[tuple[int, int]]:
-        try:
-            return [(int(n), int(k)) for n, k in (shape.split("x") for shape in self.shapes)]
-        except ValueError:
-            raise AxiconError(
-                f"shapes={','.join(self.shapes)}: each is OUTPUTSxINPUTS, such as 4096x4096"
-            ) from None
-
-
-def measure(bench: FewBitsGpuBench) -> dict[str, Any]:
-    """Everything that goes into the JSON file."""
-    sizes = bench.sizes()
-    if not torch.cuda.is_available():
-        raise AxiconError("no CUDA device here; this benchmark measures nothing else")
-    device = torch.cuda.get_device_properties(0)
-    before = surroundings()
-    bandwidth = copy_bandwidth(bench.repeat_ms)
-    products = []
-    for outputs, inputs in sizes:
-        for rows in bench.rows:
-            products.append(product(bench, rows, outputs, inputs, bandwidth))
-            complain(f"{rows} rows, {outputs}x{inputs}: {products[-1]['us']['int4']:.1f} us with 4 bits")
-    return {
-        "benchmark": "few_bits_gpu",
-        **before,
-        "gpu": {
-            "name": device.name,
-            "memory_gib": round(device.total_memory / 2**30, 1),
-            "processors": device.multi_processor_count,
-            "cuda": torch.version.cuda,
-            "triton": version("triton"),
-            "copy_bytes_per_s": bandwidth,
-        },
-        "recipe": bench.model_dump(mode="json", exclude={"out"}),
-        "products": products,
-    }
 
 
 def product(
@@ -102,7 +56,7 @@ def product(
         if not error < 0.02:
             raise AxiconError(f"{rows} rows, {outputs}x{inputs}: {name} is wrong, relative error {error}")
     with torch.inference_mode():
-        times = {name: per_product(way, x, bench.repeat_ms) if way else None for name, way in ways.items()}  # type: ignore[arg-type]
+        times = {name: per_product(way, x, bench.repeat_ms) if way else None for name, way in ways.items()}
     moved = {name: sum(b.nbytes for b in one.buffers()) + x.nbytes + 2 * rows * outputs
              for name, one in sources.items()}  # fmt: skip
     return {
@@ -153,9 +107,7 @@ def _error(way: Product, source: PackedLinear, x: Tensor) -> float:
 
 
 def table(result: dict[str, Any]) -> Table:
-    gpu = result["gpu"]
-    title = f"{gpu['name']}, copies {gpu['copy_bytes_per_s'] / 1e9:.0f} GB/s; microseconds"
-    shown = Table(title=title, title_justify="left")
+    shown = new_table(result)
     for column in ("rows", "outputs x inputs", "int4", "its limit", "3 bits: lookup", "weights", "torch",
                    "their limit", "bf16 cuBLAS"):  # fmt: skip
         shown.add_column(column, justify="right")
@@ -172,13 +124,8 @@ def table(result: dict[str, Any]) -> Table:
 
 def main(words: Sequence[str]) -> None:
     bench = FewBitsGpuBench.parse(words)
-    result = measure(bench)
-    Console(width=None if sys.stdout.isatty() else 110).print(table(result))
-    print(f"written to {save('few_bits_gpu', result, bench.out)}")
+    show("few_bits_gpu", measure("few_bits_gpu", bench, partial(product, bench)), table, bench.out)
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except AxiconError as error:
-        sys.exit(f"few_bits_gpu: {error}")
+    run("few_bits_gpu", main)

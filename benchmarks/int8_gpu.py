@@ -6,79 +6,23 @@ the time in which the device copies as many bytes as the product cannot do witho
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Annotated, Any
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
 
 import torch
-from measure import RESULTS, complain, save, surroundings, version
-from pydantic import BeforeValidator, Field
-from rich.console import Console
+from gpu import CACHE_BYTES, Counts, ProductBench, measure, new_table, per_product, run, show
+from pydantic import Field
 from rich.table import Table
-from torch import Tensor, nn
+from torch import nn
 
 from axicon.errors import AxiconError
 from axicon.model.int8 import Int8Linear
-from axicon.recipe import Recipe, Words, split_words
-
-Counts = Annotated[tuple[Annotated[int, Field(ge=1)], ...], BeforeValidator(split_words)]
-CACHE_BYTES = 2**28
-"""More than any device's cache: int8 weights are taken in turn from so many copies as fill it, at most 64."""
 
 
-class Int8GpuBench(Recipe):
+class Int8GpuBench(ProductBench):
     rows: Counts = Field((1, 16, 128, 2048), min_length=1, description="rows of x, comma between")
-    shapes: Words = Field(
-        ("4096x4096", "14336x4096", "4096x14336"), min_length=1, description="outputs x inputs, comma between"
-    )
     outlier_columns: int = Field(6, ge=0, description="columns of x in which every row has an outlier")
-    repeat_ms: int = Field(200, ge=1, description="time spent on one figure")
-    out: Path = Field(RESULTS, description="folder for the JSON file")
-
-    def sizes(self) -> list[tuple[int, int]]:
-        try:
-            return [(int(n), int(k)) for n, k in (shape.split("x") for shape in self.shapes)]
-        except ValueError:
-            raise AxiconError(
-                f"shapes={','.join(self.shapes)}: each is OUTPUTSxINPUTS, such as 4096x4096"
-            ) from None
-
-
-def measure(bench: Int8GpuBench) -> dict[str, Any]:
-    """Everything that goes into the JSON file."""
-    sizes = bench.sizes()
-    if not torch.cuda.is_available():
-        raise AxiconError("no CUDA device here; this benchmark measures nothing else")
-    device = torch.cuda.get_device_properties(0)
-    before = surroundings()
-    bandwidth = copy_bandwidth(bench.repeat_ms)
-    products = []
-    for outputs, inputs in sizes:
-        for rows in bench.rows:
-            products.append(product(bench, rows, outputs, inputs, bandwidth))
-            complain(f"{rows} rows, {outputs}x{inputs}: {products[-1]['int8_us']:.1f} us in int8")
-    return {
-        "benchmark": "int8_gpu",
-        **before,
-        "gpu": {
-            "name": device.name,
-            "memory_gib": round(device.total_memory / 2**30, 1),
-            "processors": device.multi_processor_count,
-            "cuda": torch.version.cuda,
-            "triton": version("triton"),
-            "copy_bytes_per_s": bandwidth,
-        },
-        "recipe": bench.model_dump(mode="json", exclude={"out"}),
-        "products": products,
-    }
-
-
-def copy_bandwidth(repeat_ms: int) -> float:
-    """Bytes read plus bytes written per second while the device copies 1 GiB."""
-    source = torch.randint(0, 256, (2**30,), dtype=torch.uint8, device="cuda")
-    target = torch.empty_like(source)
-    return 2 * source.nbytes / (1e-6 * microseconds(lambda: target.copy_(source), repeat_ms))
 
 
 def product(bench: Int8GpuBench, rows: int, outputs: int, inputs: int, bandwidth: float) -> dict[str, Any]:
@@ -116,29 +60,8 @@ def _linear(outputs: int, inputs: int, generator: torch.Generator) -> nn.Linear:
     return linear
 
 
-def per_product(layers: Sequence[nn.Module], x: Tensor, repeat_ms: int) -> float:
-    """Microseconds of one product. All layers in one graph, so that the host's launches do not count."""
-    for layer in layers:
-        layer(x)  # compiles, and makes the handles of the libraries
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for layer in layers:
-            layer(x)
-    return microseconds(graph.replay, repeat_ms) / len(layers)
-
-
-def microseconds(call: Callable[[], object], repeat_ms: int) -> float:
-    """The median of as many runs as fit into the time."""
-    from triton.testing import do_bench
-
-    return 1e3 * do_bench(call, warmup=50, rep=repeat_ms, return_mode="median")
-
-
 def table(result: dict[str, Any]) -> Table:
-    gpu = result["gpu"]
-    title = f"{gpu['name']}, copies {gpu['copy_bytes_per_s'] / 1e9:.0f} GB/s; microseconds"
-    shown = Table(title=title, title_justify="left")
+    shown = new_table(result)
     for column in ("rows", "outputs x inputs", "int8", "threshold=0", "bf16 cuBLAS", "limit", "int8 / bf16"):
         shown.add_column(column, justify="right")
     for one in result["products"]:
@@ -153,13 +76,8 @@ def table(result: dict[str, Any]) -> Table:
 
 def main(words: Sequence[str]) -> None:
     bench = Int8GpuBench.parse(words)
-    result = measure(bench)
-    Console(width=None if sys.stdout.isatty() else 110).print(table(result))
-    print(f"written to {save('int8_gpu', result, bench.out)}")
+    show("int8_gpu", measure("int8_gpu", bench, partial(product, bench)), table, bench.out)
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except AxiconError as error:
-        sys.exit(f"int8_gpu: {error}")
+    run("int8_gpu", main)

@@ -28,11 +28,11 @@ from peer import make_prompts
 from pydantic import Field
 from rich.console import Console
 from rich.table import Table
-from server import ServerBench, stream
+from server import ServerBench, ask, checked, completion
 from serving import serving
 
 from axicon.errors import AxiconError
-from axicon.recipe import Recipe, Words
+from axicon.settings import Recipe, Words
 
 BAR = 3.0
 VOCAB = 10_000
@@ -88,8 +88,9 @@ def steps(url: str) -> Steps:
 
 async def turn(asked: ServerBench, prompts: Sequence[Sequence[int]]) -> None:
     """One round of all streams."""
-    start = time.perf_counter()
-    await asyncio.gather(*(stream(asked, prompt, asked.new_tokens, start) for prompt in prompts))
+    bodies = [completion(prompt, asked.new_tokens, stream=True) for prompt in prompts]
+    for pieces in await asyncio.gather(*(ask(asked, "/v1/completions", body) for body in bodies)):
+        checked(pieces)
 
 
 @contextmanager

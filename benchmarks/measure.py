@@ -108,7 +108,7 @@ def save(name: str, content: Mapping[str, Any], folder: Path | None = None) -> P
     """Write a result as `NAME_DATE.json`; a reader sees all of it or nothing."""
     folder = folder or RESULTS
     recipe = dict(content.get("recipe", {}))
-    if Path(str(recipe.get("model", ""))).is_dir():
+    if "model" in recipe and Path(str(recipe["model"])).is_dir():
         recipe["model"] = Path(recipe["model"]).name  # where it lies is nobody's business
         content = {**content, "recipe": recipe}
     folder.mkdir(parents=True, exist_ok=True)

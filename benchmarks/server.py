@@ -16,7 +16,7 @@ import statistics
 import sys
 import tempfile
 import time
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -34,9 +34,15 @@ from serving import serving
 
 from axicon.errors import AxiconError
 from axicon.model.machine import cores
-from axicon.recipe import Dtype, Recipe, Words
+from axicon.recipe import Dtype
+from axicon.settings import Recipe, Words
 
 WARM_TOKENS = 8
+AT_ONCE_S = 0.002
+"""What arrives within it was sent together; a step takes longer."""
+SETTLE_S = 0.05
+"""After the last stream's first token: until then events lag behind the steps, since the start of a stream
+takes the server longer than its tokens."""
 
 
 class ServerBench(Recipe):
@@ -58,10 +64,14 @@ class ServerBench(Recipe):
 
 @dataclass(frozen=True, kw_only=True)
 class Stream:
-    """Seconds since the requests were sent at which events with text came."""
+    """Seconds since the requests were sent at which events came, and the tokens that had come by then."""
 
     events: list[float]
-    tokens: int
+    counts: list[int]
+
+    def tokens_by(self, at: float) -> int:
+        place = bisect_right(self.events, at)
+        return self.counts[place - 1] if place else 0
 
 
 class Client(asyncio.Protocol):
@@ -107,36 +117,52 @@ async def ask(bench: ServerBench, path: str, body: str = "") -> list[tuple[float
     return client.pieces
 
 
-async def stream(bench: ServerBench, prompt: Sequence[int], new_tokens: int, start: float) -> Stream:
-    """One streamed completion. Raises AxiconError for every answer but a whole stream."""
-    body = json.dumps(
-        {
-            "prompt": list(prompt),
-            "max_tokens": new_tokens,
-            "temperature": 0,
-            "ignore_eos": True,
-            "stream": True,
-            "stream_options": {"include_usage": True},
-        }
-    )
-    pieces = await ask(bench, "/v1/completions", body)
-    status, _, rest = b"".join(data for _, data in pieces).partition(b"\r\n")
-    if b" 200 " not in status:
-        said = rest.rpartition(b"\r\n\r\n")[2].decode()
-        raise AxiconError(f"the server said {status.decode()}: {said[:300]}")
-    events: list[float] = []
-    tokens = None
+def completion(prompt: Sequence[int], new_tokens: int, **more: Any) -> str:
+    """The body of a request for a completion."""
+    body = {"prompt": list(prompt), "max_tokens": new_tokens, "temperature": 0, "ignore_eos": True}
+    return json.dumps(body | more)
+
+
+async def whole(bench: ServerBench, prompt: Sequence[int], new_tokens: int) -> list[int]:
+    """Where in the text of the answer each token ends. Greedy text is the same every time, so what has come
+    of it tells how many tokens have, which events do not say. Raises AxiconError for all but a whole answer.
+    """
+    pieces = checked(await ask(bench, "/v1/completions", completion(prompt, new_tokens, logprobs=0)))
+    body = b"".join(data for _, data in pieces).partition(b"\r\n\r\n")[2]
+    choice = json.loads(body)["choices"][0]
+    ends = [*choice["logprobs"]["text_offset"][1:], len(choice["text"])]
+    if len(ends) != new_tokens:
+        raise AxiconError(
+            f"a stream made {len(ends)} tokens, not {new_tokens}; is the model's context too short?"
+        )
+    return ends
+
+
+async def stream(bench: ServerBench, prompt: Sequence[int], ends: Sequence[int], start: float) -> Stream:
+    """One streamed completion, whose tokens are known to end there. Raises AxiconError for all but that."""
+    pieces = checked(await ask(bench, "/v1/completions", completion(prompt, len(ends), stream=True)))
+    found = Stream(events=[], counts=[])
+    length = 0
     for at, data in timed_events(pieces):
         event = json.loads(data) if data != b"[DONE]" else {"choices": []}
         if "error" in event:
             raise AxiconError(f"the stream broke off: {event['error'].get('message')}")
-        if event.get("usage"):
-            tokens = int(event["usage"]["completion_tokens"])
-        if event["choices"]:
-            events.append(at - start)
-    if tokens is None or not events:
-        raise AxiconError("the stream ended before it told its usage")
-    return Stream(events=events, tokens=tokens)
+        for choice in event["choices"]:
+            length += len(choice["text"])
+            found.events.append(at - start)
+            found.counts.append(bisect_right(ends, length))
+    if length != ends[-1]:
+        raise AxiconError(f"a stream made {length} characters, and {ends[-1]} when it was asked before")
+    return found
+
+
+def checked(pieces: list[tuple[float, bytes]]) -> list[tuple[float, bytes]]:
+    """The pieces of a good answer. Raises AxiconError for every other."""
+    status, _, rest = b"".join(data for _, data in pieces).partition(b"\r\n")
+    if b" 200 " not in status:
+        said = rest.rpartition(b"\r\n\r\n")[2].decode()
+        raise AxiconError(f"the server said {status.decode()}: {said[:300]}")
+    return pieces
 
 
 def timed_events(pieces: Sequence[tuple[float, bytes]]) -> Iterator[tuple[float, bytes]]:
@@ -154,30 +180,35 @@ def timed_events(pieces: Sequence[tuple[float, bytes]]) -> Iterator[tuple[float,
         yield from ((at, event.removeprefix(b"data: ")) for event in whole)
 
 
-async def served(bench: ServerBench, prompts: Sequence[Sequence[int]], new_tokens: int) -> dict[str, float]:
+async def served(
+    bench: ServerBench, prompts: Sequence[Sequence[int]], ends: Sequence[Sequence[int]]
+) -> dict[str, float]:
     """One turn of all streams. An event holds a token or, when the reader lags, several."""
     start = time.perf_counter()
-    done = await asyncio.gather(*(stream(bench, prompt, new_tokens, start) for prompt in prompts))
-    short = [one.tokens for one in done if one.tokens != new_tokens]
-    if short:
-        raise AxiconError(
-            f"a stream made {short[0]} tokens, not {new_tokens}; is the model's context too short?"
-        )
-    first = max(one.events[0] for one in done)
-    # Until the first stream ends, as in-process: the rate of the few that are left is not the rate of all.
-    end = min(one.events[-1] for one in done)
-    if end <= first:
-        raise AxiconError("a stream ended before the last one began; raise new_tokens")
-    # A first event is one token; the others of a stream are taken for equally large.
-    late = sum(
-        sum(first < at <= end for at in one.events[1:]) * (one.tokens - 1) / max(1, len(one.events) - 1)
-        for one in done
+    done = await asyncio.gather(
+        *(stream(bench, prompt, its, start) for prompt, its in zip(prompts, ends, strict=True))
     )
     return {
-        "decode_rate": late / (end - first),
+        "decode_rate": decode_rate(done),
         "first_token": statistics.mean(one.events[0] for one in done),
-        "tokens_per_event": sum(one.tokens for one in done) / sum(len(one.events) for one in done),
+        "tokens_per_event": sum(one.counts[-1] for one in done) / sum(len(one.events) for one in done),
     }
+
+
+def decode_rate(streams: Sequence[Stream]) -> float:
+    """Tokens per second of all streams together from soon after the last one began until the first one ends,
+    because the rate of the few that are left is not the rate of all.
+    """
+    begun = max(one.events[0] for one in streams)
+    leader = min(streams, key=lambda one: one.events[-1])
+    end = leader.events[-1]
+    settled = begun + min(SETTLE_S, (end - begun) / 4)
+    # Two events of one stream: what was sent in one go with each is counted with it.
+    start = next((at for at in leader.events if at > settled), end)
+    if end <= start:
+        raise AxiconError("a stream ended before the last one began; raise new_tokens")
+    tokens = sum(one.tokens_by(end + AT_ONCE_S) - one.tokens_by(start + AT_ONCE_S) for one in streams)
+    return tokens / (end - start)
 
 
 def measure(bench: ServerBench) -> dict[str, Any]:
@@ -227,10 +258,11 @@ def _turns(bench: ServerBench, threads: int) -> dict[str, Any]:
             return worker.run(streams=bench.streams, prompt_tokens=bench.prompt_tokens, new_tokens=new_tokens)
 
         prompts = make_prompts(bench.streams, bench.prompt_tokens, worker.about["vocab"])
-        asyncio.run(served(bench, prompts, WARM_TOKENS * 4))
+        ends = [asyncio.run(whole(bench, prompt, bench.new_tokens)) for prompt in prompts]
+        asyncio.run(served(bench, prompts, ends))
         local(WARM_TOKENS)
         for turn in range(bench.rounds):
-            over_http.append(asyncio.run(served(bench, prompts, bench.new_tokens)))
+            over_http.append(asyncio.run(served(bench, prompts, ends)))
             in_process.append(local(bench.new_tokens))
             complain(f"round {turn + 1} of {bench.rounds} done")
     lag = asyncio.run(loop_lag(bench))

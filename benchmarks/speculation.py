@@ -29,7 +29,8 @@ from axicon.errors import AxiconError
 from axicon.generate.engine import Engine
 from axicon.generate.request import Request, SamplingParams, Speculation
 from axicon.model.machine import cores
-from axicon.recipe import ModelRecipe, Words, split_words
+from axicon.recipe import ModelRecipe
+from axicon.settings import Words, split_words
 
 Counts = Annotated[tuple[int, ...], BeforeValidator(split_words)]
 TASKS = (

@@ -21,7 +21,7 @@ from rich.table import Table
 from serving import serving
 
 from axicon.errors import AxiconError
-from axicon.recipe import Recipe, Words
+from axicon.settings import Recipe, Words
 
 
 class StartupBench(Recipe):

@@ -35,7 +35,7 @@ from axicon.compress.estimate import estimate, state_bytes
 from axicon.compress.work import Work
 from axicon.errors import AxiconError
 from axicon.model import checkpoint
-from axicon.recipe import Method, Recipe, Words
+from axicon.settings import Method, Recipe, Words
 
 BAR = 1_600_000_000
 METHODS: dict[str, dict[str, Any]] = {
