@@ -8,6 +8,7 @@ PYTHON ?= python3
 MODEL ?= demo
 PORT ?= 8000
 ARGS ?=
+JOBS ?= 2
 BENCH ?= decode server busy loaded startup
 
 VENV := .venv
@@ -16,18 +17,18 @@ STAMP := $(VENV)/.installed
 UV := $(BIN)/uv
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve test test-ray check bench lock clean
+.PHONY: help setup serve test test-ray check bench combinations lock clean
 
 help:  ## Show this list
-	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
 
 setup: $(STAMP)  ## Make .venv and install what requirements.lock pins, once
 
 serve: setup  ## Serve MODEL (the embedded one by default) on PORT; Ctrl-C stops all of it
 	@exec $(BIN)/axicon serve $(MODEL) port=$(PORT) $(ARGS)
 
-test: setup  ## Run the tests
-	$(BIN)/pytest $(ARGS)
+test: setup  ## Run the tests, in JOBS processes (2)
+	$(BIN)/pytest --numprocesses $(JOBS) --no-loadscope-reorder $(ARGS)
 
 test-ray: setup  ## Run only the tests that start Ray
 	$(BIN)/pytest -m ray $(ARGS)
@@ -40,8 +41,11 @@ check: setup  ## Lint, types, and who may import whom
 bench: setup  ## Measure decoding beside its peers, HTTP, busy neighbours, start; BENCH=decode only the first
 	@for one in $(BENCH); do $(BIN)/python benchmarks/$$one.py $(ARGS) || exit 1; done
 
+combinations: setup  ## Write docs/combinations.md, after a format, a policy or a drafter was added
+	@$(BIN)/python -m tests.contracts.combinations
+
 lock: setup  ## Resolve pyproject.toml into requirements.lock again; ARGS=--upgrade takes newer versions
-	$(UV) pip compile pyproject.toml --extra demo --extra eval --group dev --group bench --quiet $(ARGS) \
+	$(UV) pip compile pyproject.toml --extra demo --extra eval --extra sweep --extra distill --group dev --group bench --quiet $(ARGS) \
 	  --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-annotate --no-header \
 	  --output-file requirements.lock
 
