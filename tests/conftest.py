@@ -78,6 +78,18 @@ def data_dir() -> Path:
 
 
 @pytest.fixture
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache folder for this test alone, but for the compiled kernels, which take a quarter of a minute."""
+    kernels = Path(os.environ["AXICON_CACHE"]) / "kernels"
+    kernels.mkdir(parents=True, exist_ok=True, mode=0o700)
+    folder = tmp_path / "cache"
+    folder.mkdir()
+    (folder / "kernels").symlink_to(kernels)
+    monkeypatch.setenv("AXICON_CACHE", str(folder))
+    return folder
+
+
+@pytest.fixture
 def free_port() -> int:
     """A loopback TCP port that was free a moment ago."""
     with socket.socket() as probe:

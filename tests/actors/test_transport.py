@@ -116,6 +116,7 @@ def test_an_announcement_that_never_ends_stops_when_a_rank_is_missing(pair: Call
     with pytest.raises(Lost, match="rank 0 lost the group: rank 1 is gone"):
         link.announce(Op.IDLE)
     assert 3 * LOOK_S <= time.monotonic() - started < 10
+    process.kill()  # or leaving the group waits for it
 
 
 def test_leaving_ends_what_the_others_wait_for(pair: Callable[..., Pair]) -> None:

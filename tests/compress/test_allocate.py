@@ -55,11 +55,8 @@ def test_many_blocks_of_one_shape_take_no_time() -> None:
     assert len(allocate(errors, [[300, 400, 600, 800]] * 60, 30_000)) == 60
 
 
+@pytest.mark.usefixtures("own_cache")
 class TestModels:
-    @pytest.fixture(autouse=True)
-    def _cache(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setenv("AXICON_CACHE", str(tmp_path / "cache"))
-
     def make(self, folder: Path, name: str, **settings: Any) -> Path:
         sample = {"windows": 4, "window": 16, "text": str(folder / "t.txt"), "shared": folder / "shared"}
         sample["inputs"] = settings.pop("inputs", "dense")

@@ -31,12 +31,9 @@ from axicon.model.decoder import Block, Decoder
 from axicon.protocols import Compressor
 from tests.parity.variants import saved
 
+pytestmark = pytest.mark.usefixtures("own_cache")
+
 TOKENS = torch.randint(0, 97, (5, 24), generator=torch.Generator().manual_seed(1))
-
-
-@pytest.fixture(autouse=True)
-def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("AXICON_CACHE", str(tmp_path / "cache"))
 
 
 class TestSample:

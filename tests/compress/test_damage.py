@@ -16,12 +16,9 @@ from axicon.compress.work import Work
 from axicon.errors import AxiconError
 from tests.parity.variants import saved
 
+pytestmark = pytest.mark.usefixtures("own_cache")
+
 TOKENS = torch.randint(0, 97, (2, 24), generator=torch.Generator().manual_seed(1))
-
-
-@pytest.fixture(autouse=True)
-def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("AXICON_CACHE", str(tmp_path / "cache"))
 
 
 def walk(tmp_path: Path) -> Work:

@@ -150,12 +150,12 @@ class TestRules:
             compress(GroupInt4(), model)
 
 
-def test_served_directories_hold_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("own_cache")
+def test_served_directories_hold_it(tmp_path: Path) -> None:
     from axicon.compress.directory import write_compressed
     from axicon.model import checkpoint
     from tests.parity.variants import saved
 
-    monkeypatch.setenv("AXICON_CACHE", str(tmp_path / "cache"))
     saved("llama_tied", tmp_path / "dense")
     (tmp_path / "small").mkdir()
     method = GroupInt4(group=16, rules={"*.down": {"bits": 8, "group": -1}, "blocks.1.qkv": "skip"})

@@ -22,17 +22,14 @@ from axicon.model import checkpoint
 from axicon.model.decoder import Block
 from tests.parity.variants import saved
 
+pytestmark = pytest.mark.usefixtures("own_cache")
+
 FOLDED = {
     "opt": 4, "opt_gelu": 3, "llama": 4, "llama_grouped": 4, "llama_one_kv_head": 4, "llama_biases": 4,
     "llama_wide_heads": 4, "mistral_window": 4, "qwen2": 4, "qwen3": 4, "neox": 3, "neox_sequential": 3,
     "neox_tied": 4,
 }  # fmt: skip
 """Pairs of a block by variant: without `down` where the activation is neither gated nor ReLU."""
-
-
-@pytest.fixture(autouse=True)
-def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("AXICON_CACHE", str(tmp_path / "cache"))
 
 
 def block_of(variant: str, folder: Path, dtype: torch.dtype = torch.float32) -> Block:

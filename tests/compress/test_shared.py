@@ -40,6 +40,8 @@ from tests.faults import failures
 from tests.parity.variants import saved
 from tests.services.fake_engine import byte_tokenizer
 
+pytestmark = pytest.mark.usefixtures("own_cache")
+
 TOKENS = torch.randint(0, 97, (5, 24), generator=torch.Generator().manual_seed(1))
 SAMPLE = Calibration(TOKENS, dense=True)
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -60,11 +62,6 @@ LATER: dict[str, Compressor] = {
 }
 """That look at a block again once it is changed, or at a part of it."""
 WINDOWS, LAYERS = 5, 3
-
-
-@pytest.fixture(autouse=True)
-def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("AXICON_CACHE", str(tmp_path / "cache"))
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -185,16 +185,13 @@ class TestSizes:
             SliceGPT(fraction=0.11, tie="project").reshaped(shape)
 
 
+@pytest.mark.usefixtures("own_cache")
 class TestDirectories:
     def write(self, name: str, folder: Path) -> Path:
         folder.mkdir()
         write_weights(folder, stored_tensors(decoder(name)))
         write_json(folder / "config.json", CONFIGS[name])
         return folder
-
-    @pytest.fixture(autouse=True)
-    def _cache(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setenv("AXICON_CACHE", str(tmp_path / "cache"))
 
     @pytest.mark.parametrize("name", ["tied", "opt"])
     @pytest.mark.parametrize("on_disk", [True, False])

@@ -74,10 +74,8 @@ class TestEveryCompressor:
             want = nn.functional.linear(x, module.unpack(), module.bias)
             assert (module(x) - want).norm() / want.norm() < 0.02
 
-    def test_survives_save_and_load(
-        self, method: str, family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        monkeypatch.setenv("AXICON_CACHE", str(tmp_path / "cache"))
+    @pytest.mark.usefixtures("own_cache")
+    def test_survives_save_and_load(self, method: str, family: str, tmp_path: Path) -> None:
         dense, folder = tmp_path / "dense", tmp_path / "small"
         dense.mkdir()
         folder.mkdir()

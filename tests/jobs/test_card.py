@@ -31,8 +31,7 @@ SST2 = [{"sentence": "a gorgeous film .", "label": 1}, {"sentence": "dull .", "l
 
 
 @pytest.fixture(autouse=True)
-def _quick(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("AXICON_CACHE", str(tmp_path / "cache"))
+def _quick(own_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(serving, "measure", serving.measure_here)
     monkeypatch.setattr(agreement, "PROMPTS", agreement.PROMPTS[:4])

@@ -31,8 +31,7 @@ from tests.jobs.compressing import INT8, dense_model, prose, run
 
 
 @pytest.fixture(autouse=True)
-def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("AXICON_CACHE", str(tmp_path / "cache"))
+def _here(own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # Another process takes seconds to start; tests/evaluate has one.
     monkeypatch.setattr(serving, "measure", serving.measure_here)
 

@@ -19,12 +19,9 @@ from jobs import compress
 from jobs.progress import Reporter
 from tests.jobs.compressing import dense_model
 
+pytestmark = pytest.mark.usefixtures("own_cache")
+
 CHAIN = [{"method": "wanda", "sparsity": 0.5}, {"method": "gptq", "group": 32}]
-
-
-@pytest.fixture(autouse=True)
-def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("AXICON_CACHE", str(tmp_path / "cache"))
 
 
 @pytest.fixture(scope="module")

@@ -14,10 +14,7 @@ from axicon.recipe import SERVED_BY_DEFAULT, CompressRecipe
 from jobs import __main__ as command
 from tests.jobs.compressing import dense_model
 
-
-@pytest.fixture(autouse=True)
-def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("AXICON_CACHE", str(tmp_path / "cache"))
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 @pytest.fixture(scope="module")

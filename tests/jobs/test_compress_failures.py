@@ -23,10 +23,7 @@ from jobs import compress, stop
 from tests.faults import failing, failures
 from tests.jobs.compressing import INT8, dense_model, prose, run
 
-
-@pytest.fixture(autouse=True)
-def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("AXICON_CACHE", str(tmp_path / "cache"))
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 @pytest.fixture(scope="module")

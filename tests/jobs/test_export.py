@@ -20,10 +20,7 @@ from jobs import export as job
 from tests.faults import failing
 from tests.parity.variants import saved
 
-
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("AXICON_CACHE", str(tmp_path / "cache"))
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 def export(*words: str) -> str:

@@ -15,12 +15,9 @@ from jobs import __main__ as command
 from jobs import lineage
 from tests.jobs.made import made_from, model_files
 
+pytestmark = pytest.mark.usefixtures("own_cache")
+
 INT8 = {"method": "llm_int8", "settings": {"threshold": 6.0, "relative": 5.0, "head": True, "skip": []}}
-
-
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("AXICON_CACHE", str(tmp_path / "cache"))
 
 
 def parent(folder: Path, **change: str) -> dict[str, str]:

@@ -22,13 +22,10 @@ from jobs.lineage import run as lineage
 from jobs.progress import Reporter
 from tests.services.tiny import tiny_model
 
+pytestmark = pytest.mark.usefixtures("own_cache")
+
 TEXT = "The quick brown fox jumps over the lazy dog. " * 40
 QUICK = {"method": "reconstruct", "r": 2, "passes": 1}
-
-
-@pytest.fixture(autouse=True)
-def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("AXICON_CACHE", str(tmp_path / "cache"))
 
 
 @pytest.fixture(scope="module")

@@ -20,6 +20,8 @@ from jobs.report import Report
 from jobs.run_recipe import RunRecipe
 from tests.services.fake_engine import byte_tokenizer
 
+pytestmark = pytest.mark.usefixtures("own_cache")
+
 STEPS: list[dict[str, Any]] = [
     {
         "name": "int8",
@@ -48,11 +50,6 @@ STEPS: list[dict[str, Any]] = [
     },
     {"name": "found", "verb": "evaluate", "settings": {"model": "{small}", "text": "{text}", "window": 32}},
 ]
-
-
-@pytest.fixture(autouse=True)
-def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("AXICON_CACHE", str(tmp_path / "cache"))
 
 
 @pytest.fixture(scope="module")

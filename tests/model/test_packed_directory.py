@@ -24,13 +24,10 @@ from axicon.model.int8 import Int8Linear
 from axicon.model.packed import PackedLinear
 from tests.parity.variants import saved
 
+pytestmark = pytest.mark.usefixtures("own_cache")
+
 TOKENS = torch.arange(20)[None]
 SETTINGS = LLMInt8(threshold=5.0, relative=4.0)
-
-
-@pytest.fixture(autouse=True)
-def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("AXICON_CACHE", str(tmp_path / "cache"))
 
 
 def packed(tmp_path: Path, variant: str = "llama_tied", method: LLMInt8 = SETTINGS) -> Path:

@@ -28,17 +28,14 @@ from axicon.protocols import Compressor
 from tests.model.ggufs import reference, write
 from tests.parity.variants import saved
 
+pytestmark = pytest.mark.usefixtures("own_cache")
+
 TEXT = "hello 1234 hell\n  wörld <|start|>x<|user|>"
 METHODS: dict[str, Compressor | None] = {
     "dense": None, "int4": GroupInt4(group=32), "int4 rows": GroupInt4(),
     "mixed": GroupInt4(group=32, head="int8", rules={"*.down": {"bits": 8}, "blocks.1.out": "skip"}),
     "int8": LLMInt8(),
 }  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("AXICON_CACHE", str(tmp_path / "cache"))
 
 
 def exported(
