@@ -78,12 +78,11 @@ def data_dir() -> Path:
 
 
 @pytest.fixture
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A cache folder for this test alone, but for the compiled kernels, which take a quarter of a minute."""
     kernels = Path(os.environ["AXICON_CACHE"]) / "kernels"
     kernels.mkdir(parents=True, exist_ok=True, mode=0o700)
-    folder = tmp_path / "cache"
-    folder.mkdir()
+    folder = tmp_path_factory.mktemp("cache")
     (folder / "kernels").symlink_to(kernels)
     monkeypatch.setenv("AXICON_CACHE", str(folder))
     return folder

@@ -189,7 +189,7 @@ class TestUse:
             assert formats[0] == formats[1] == ["int8"]
 
     def test_what_is_packed_is_served_and_measured_as_it_is(
-        self, dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+        self, dense: Path, own_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         from services.generation import engine_thread
 
@@ -199,7 +199,7 @@ class TestUse:
         for dtype in ("bfloat16", "float32"):
             assert ServeRecipe(model=small, dtype=dtype).build_compressor(("int8",)) is None
         monkeypatch.undo()
-        monkeypatch.setenv("AXICON_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setenv("AXICON_CACHE", str(own_cache))
         thread = engine_thread(ServeRecipe(model=small, threads=1, kv_gib=0.01))
         thread.start()
         try:

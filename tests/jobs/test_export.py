@@ -95,6 +95,6 @@ def test_whatever_operation_of_the_disk_fails(tmp_path: Path) -> None:
         if target.exists():
             checkpoint.check(target)
             shutil.rmtree(target)
-        assert {path.name for path in tmp_path.iterdir()} <= {"dense", "packed", "cache"}
+        assert {path.name for path in tmp_path.iterdir()} <= {"dense", "packed"}
     assert len(said) > 5
     assert not any("\n" in line for line in said)
