@@ -226,7 +226,7 @@ class TestEnds:
         count = _operations(lambda: run(dense, target, calibration=sample))
         shutil.rmtree(target)
         # A run that goes on has fewer operations, so the n-th of a whole run is asked for with nothing kept.
-        for number in range(1, count + 1, 5 if activations == "disk" else 17):
+        for number in range(1, count + 1, 7 if activations == "disk" else 17):
             with failing(number), pytest.raises(AxiconError) as caught:
                 run(dense, target, calibration=sample)
             assert "\n" not in str(caught.value)
