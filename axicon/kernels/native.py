@@ -46,6 +46,7 @@ class Linear(c.Structure):
         ("format", I32), ("outputs", I32), ("inputs", I32), ("threshold", F32), ("relative", F32),
         ("weight", P), ("scale", P), ("bias", P),
         ("group", I32), ("middle", I32), ("scale_type", I32), ("zeros", I32), ("order", P),
+        ("start", P),
     )  # fmt: skip
 
 
@@ -111,7 +112,9 @@ class Adapter(c.Structure):
     _fields_ = tuple((name, Pair * 3) for name in ("qkv", "out", "up", "down"))
 
 
-BF16, INT8, GROUP4, GROUP8 = range(4)
+BF16, INT8, GROUP4, GROUP8, SPARSE = range(5)
+LANES = 16
+"""Outputs that packed weights keep together."""
 SCALE_TYPES = {"float16": 0, "bfloat16": 1, "float32": 2}
 RMS_NORM, LAYER_NORM = 0, 1
 ACTIVATIONS = {"silu": 0, "relu": 1, "gelu": 2, "gelu_tanh": 3}

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from axicon.errors import AxiconError
+from axicon.kernels import native
 from axicon.model.group_int import DTYPE_NAMES, SCALE_DTYPES, pack, row_bytes, unpack
 from axicon.model.masks import kept
 from axicon.model.packed import PackedLinear, Setting, slice_of
@@ -26,6 +27,8 @@ ROWS, COLUMNS = 64, 128
 """Of a tile."""
 ROWS_AT_ONCE = 8 * ROWS
 """Outputs whose weights are dense at the same time, in a product on a CPU."""
+LINE = 64
+"""Bytes of a cache line, which the C++ step reads at once, so it wants one behind the last weight."""
 MOST = 2**31 - 1
 """Values of one product: places are 32 bits."""
 
@@ -146,6 +149,38 @@ class TiledSparseLinear(PackedLinear):
         y = torch.cat(pieces, -1)
         return y if bias is None else y + bias
 
+    def why_not_native(self) -> str | None:
+        if self.values.dtype == torch.bfloat16:
+            return None
+        return f"has values of {DTYPE_NAMES[self.values.dtype]}, not bfloat16"
+
+    def native(self, library: native.Library) -> tuple[native.Linear, list[Tensor]]:
+        """Blocks of 16 outputs, each its masks and behind them its kept weights, as linear.h has them."""
+        mask = _blocks(self.mask())
+        bits = pack(mask.to(torch.uint8).flatten(0, 1), 1).view(len(mask), -1)  # (blocks, 2 I) bytes
+        values = _blocks(self.rows(0, self.outputs))
+        start = self._starts()
+        packed = torch.zeros(self.native_bytes(), dtype=torch.uint8)
+        for place, masks, own, weights in zip(start.tolist(), bits, mask, values, strict=True):
+            both = torch.cat((masks, weights[own].view(torch.uint8)))
+            packed[place : place + len(both)] = both
+        bias = None if self.bias is None else self.bias.float().contiguous()
+        descriptor = native.Linear(
+            native.SPARSE, self.outputs, self.inputs, 0.0, 0.0, None, None,
+            None if bias is None else bias.data_ptr(), start=start.data_ptr(),
+        )  # fmt: skip
+        return descriptor, [packed, start] if bias is None else [packed, start, bias]
+
+    def native_bytes(self) -> int:
+        return int(self._starts(whole=True)[-1]) + LINE
+
+    def _starts(self, *, whole: bool = False) -> Tensor:
+        """int64: the byte at which each block of 16 outputs begins there, and with `whole` the end of all."""
+        counts = self.mask().sum(1).view(-1, native.LANES).sum(1)
+        sizes = -(-2 * (counts + self.inputs) // LINE) * LINE
+        ends = F.pad(sizes.cumsum(0), (1, 0))
+        return ends if whole else ends[:-1].contiguous()
+
     def shard(self, rank: int, world: int, dim: Literal["out", "in"]) -> Self:
         weight, mask = self.rows(0, self.outputs), self.mask()
         if dim == "out":
@@ -161,6 +196,12 @@ def _tiles(matrix: Tensor) -> Tensor:
     outputs, inputs = matrix.shape
     padded = F.pad(matrix, (0, -inputs % COLUMNS, 0, -outputs % ROWS))
     return padded.unflatten(1, (-1, COLUMNS)).unflatten(0, (-1, ROWS)).transpose(1, 2)
+
+
+def _blocks(matrix: Tensor) -> Tensor:
+    """(O, I) as (O / 16, I / 2, 32): of each block of 16 outputs, two inputs of all of them side by side."""
+    outputs, inputs = matrix.shape
+    return matrix.view(outputs // native.LANES, native.LANES, inputs // 2, 2).transpose(1, 2).flatten(2)
 
 
 def _product_on_gpu() -> Callable[..., Tensor]:

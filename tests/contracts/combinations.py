@@ -40,8 +40,6 @@ CONFIG = {
 }  # fmt: skip
 SAMPLE = Calibration(torch.randint(0, VOCAB, (8, 32), generator=torch.Generator().manual_seed(3)))
 LIMITS = Limits(kv_floor=8)
-IN_TORCH = ("tiled_sparse",)
-"""Not run by the C++ kernels."""
 
 
 class Letters:
@@ -68,8 +66,7 @@ def decoder(noise: float = 0.0) -> Decoder:
 def in_format(name: str) -> Decoder:
     if name == "dense":
         return decoder()
-    dense = decoder().float() if name in IN_TORCH else decoder()
-    return compress(made(name), dense, SAMPLE)
+    return compress(made(name), decoder(), SAMPLE)
 
 
 def engine_of(target: Decoder, draft: Decoder | None = None) -> Engine:

@@ -111,5 +111,24 @@ def test_other_shapes_stay_in_torch(change, reason):
         assert why_not(Decoder(dataclasses.replace(odd, tie_head=False))) == reason
 
 
-def test_the_kernels_say_why_they_do_not_run_sparse_weights():
-    assert "is stored as tiled_sparse, for which they have no" in why_not(made("llama", METHODS["sparse"]))
+@pytest.mark.parametrize("family", CONFIGS)
+@torch.no_grad()
+def test_the_kernels_run_sparse_weights_as_the_dense_ones_they_are(family, make_step):
+    logits, kinds = [], []
+    for method in (METHODS["sparse"], Magnitude(sparsity=0.6)):
+        model = made(family, method)
+        runner = LocalRunner(model, kv_bytes=8 << 20, max_rows=64, prefill_chunk=64, kernels="native")
+        nodes = [(token, i, 0, i - 1) for i, token in enumerate(TEXT)]
+        logits.append(runner.forward(make_step(nodes, forced=True, reserves=((0, 64),))).logits_WV)
+        kinds.append(runner.describe()["format"])
+    assert torch.equal(*logits)
+    assert kinds[0] == ["bfloat16", "tiled_sparse"]
+    assert kinds[1] == ["bfloat16"]
+
+
+def test_sparse_weights_of_other_dtypes_stay_in_torch():
+    model = made("llama", METHODS["sparse"]).float()
+    assert why_not(model) == "blocks.0.qkv has values of float32, not bfloat16"
+    with torch.no_grad():
+        runner = LocalRunner(model, kv_bytes=8 << 20, max_rows=4, prefill_chunk=16)
+    assert runner.describe()["format"] == ["float32", "tiled_sparse"]

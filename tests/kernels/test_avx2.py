@@ -17,7 +17,8 @@ ROOT = Path(__file__).parents[2]
 @pytest.mark.slow
 @pytest.mark.skipif(not native.cpu_flags() >= native.WIDE_FLAGS, reason="the kernels here are those for AVX2")
 def test_the_narrow_kernels_pass_the_tests_of_the_wide_ones() -> None:
-    files = ["tests/model/test_native.py", "tests/model/test_int8.py", "tests/kernels/test_sampling.py"]
+    names = ("model/test_native", "model/test_int8", "model/test_tiled_sparse", "kernels/test_sampling")
+    files = [f"tests/{name}.py" for name in names]
     run = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *files],
         cwd=ROOT, env=os.environ | {"AXICON_INSTRUCTIONS": "avx2"}, check=False,

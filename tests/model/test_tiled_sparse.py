@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -11,6 +13,7 @@ from axicon.compress.magnitude import Magnitude
 from axicon.compress.tiled_sparse import TiledSparse, byte_ratio
 from axicon.compress.walk import compress
 from axicon.errors import AxiconError
+from axicon.kernels import native
 from axicon.model.decoder import Decoder
 from axicon.model.masks import prune
 from axicon.model.shape import ModelShape
@@ -136,3 +139,30 @@ class TestFiles:
     def test_settings(self, settings: dict[str, int | str], says: str) -> None:
         with pytest.raises(ValueError, match=says):
             TiledSparseLinear.empty(64, 128, None, settings)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 13])
+@pytest.mark.parametrize("density", DENSITIES)
+def test_the_compiled_product_has_the_bits_of_the_dense_one(density: float, rows: int) -> None:
+    try:
+        library = native.library()
+    except native.Unavailable as reason:
+        pytest.skip(str(reason))
+    dense, mask = weight(density, 80, 96)
+    dense = dense.bfloat16()
+    bias = torch.randn(80, generator=torch.Generator().manual_seed(1))
+    packed = TiledSparseLinear.from_weight(dense, mask, bias)
+    assert packed.why_not_native() is None
+    descriptor, (sparse, *_kept) = packed.native(library)
+    assert sparse.nbytes == packed.native_bytes()
+    rounding = sparse.nbytes - 2 * packed.kept - 80 * 96 // 8  # to cache lines
+    assert 0 <= rounding <= 64 * (80 // 16 + 1)
+    descriptor.weight = sparse.data_ptr()
+    whole = torch.empty_like(dense)
+    library.axicon_pack_bf16(dense.data_ptr(), 80, 96, whole.data_ptr())
+    reference = native.Linear(native.BF16, 80, 96, 0.0, 0.0, whole.data_ptr(), None, bias.data_ptr())
+    x, y = torch.randn(rows, 96, generator=torch.Generator().manual_seed(2)), torch.empty(2, rows, 80)
+    for linear, out in zip((descriptor, reference), y, strict=True):
+        library.axicon_linear(ctypes.addressof(linear), x.data_ptr(), rows, out.data_ptr(), 2)
+    assert torch.equal(*y)
+    torch.testing.assert_close(y[0], packed(x), atol=0.1, rtol=0)

@@ -4,15 +4,22 @@
 // instruction multiplies side by side, so one 64-byte load feeds every row of the tile.
 //   int8  group 4, bytes w + 128 (vpdpbusd wants its first factor unsigned); LLM.int8 arithmetic with outliers per row
 //   bf16  group 2, vdpbf16ps with float accumulators
+//   sparse  as bf16, of which only the kept weights lie there: a block is a mask of 32 bits for each 64 bytes of the
+//         dense one, least significant bit first, and behind all its masks the kept weights in the same order. They are
+//         spread out in registers (Flash-LLM: loaded as sparse, computed as dense), so the results are those of bf16.
 //   codes of 4 and 8 bits with a scale per group of columns: group.h
 // Each output is summed over k in one fixed order, whatever the tile, the thread or the other rows of the batch:
 // a row's bits depend on that row alone.
 #pragma once
+#include <array>
+
 #include "group.h"
 
 namespace axicon {
 
-inline size_t encoded_bytes(const Linear& l) { return size_t(l.inputs) * (l.format == BF16 ? 2 : 1); }
+inline bool floats(const Linear& l) { return l.format == BF16 || l.format == SPARSE; }
+
+inline size_t encoded_bytes(const Linear& l) { return size_t(l.inputs) * (floats(l) ? 2 : 1); }
 
 inline float outlier_limit(const Linear& l, const float* x) {
     const float absolute = l.threshold > 0 ? l.threshold : INFINITY;
@@ -54,7 +61,7 @@ inline void encode_int8(const Linear& l, const float* x, int8_t* q, Encoded& e) 
 
 inline void encode(const Linear& l, const float* x, void* to, Encoded& e) {
     if (l.format == INT8) return encode_int8(l, x, static_cast<int8_t*>(to), e);
-    if (l.format != BF16) return encode_groups(l, x, static_cast<int8_t*>(to), e);
+    if (!floats(l)) return encode_groups(l, x, static_cast<int8_t*>(to), e);
     bf16* q = static_cast<bf16*>(to);
     for (int k = 0; k < l.inputs; k += LANES) store_bf16(q + k, _mm512_loadu_ps(x + k));
 }
@@ -108,18 +115,47 @@ inline void tile_int8(const Linear& l, const int8_t* q, const Encoded* rows, int
     });
 }
 
-template <int M, int B, class Store>
+// The kept weights of a block, one after the other.
+struct Kept {
+    const char* masks;
+    const bf16* values;
+
+    Kept(const Linear& l, int block) : masks(static_cast<const char*>(l.weight) + l.start[block]), values(reinterpret_cast<const bf16*>(masks + 2 * size_t(l.inputs))) {}
+
+    // The 32 weights of inputs k and k + 1, for k = 0, 2, 4, ...
+    __m512i next(int k) {
+        uint32_t mask;
+        memcpy(&mask, masks + 2 * size_t(k), 4);
+        _mm_prefetch(masks + 2 * size_t(k) + AHEAD / 8, _MM_HINT_T0);
+        _mm_prefetch(reinterpret_cast<const char*>(values) + AHEAD, _MM_HINT_T0);
+        const bf16* from = values;
+        values += __builtin_popcount(mask);
+        return expand(mask, from);
+    }
+};
+
+template <int M, int B, bool Sparse, class Store>
 inline void tile_bf16(const Linear& l, const bf16* q, int block, Store&& store) {
     const int K = l.inputs;
     const bf16* w = static_cast<const bf16*>(l.weight) + size_t(block) * K * LANES;
+    auto kept = [&] {
+        if constexpr (Sparse) return [&]<int... b>(std::integer_sequence<int, b...>) {
+            return std::array{Kept(l, block + b)...};
+        }(std::make_integer_sequence<int, B>{});
+        else return 0;
+    }();
     __m512 acc[M][B];
     unroll<M>([&](auto m) { unroll<B>([&](auto b) { acc[m][b] = _mm512_setzero_ps(); }); });
     for (int k = 0; k < K; k += 2) {
         __m512i wv[B];
         unroll<B>([&](auto b) {
-            const auto* from = w + (size_t(b) * K + k) * LANES;
-            _mm_prefetch(reinterpret_cast<const char*>(from) + AHEAD, _MM_HINT_T0);
-            wv[b] = _mm512_loadu_si512(from);
+            if constexpr (Sparse) {
+                wv[b] = kept[b].next(k);
+            } else {
+                const auto* from = w + (size_t(b) * K + k) * LANES;
+                _mm_prefetch(reinterpret_cast<const char*>(from) + AHEAD, _MM_HINT_T0);
+                wv[b] = _mm512_loadu_si512(from);
+            }
         });
         unroll<M>([&](auto m) {
             int32_t two;
@@ -147,7 +183,8 @@ inline void tile(const Linear& l, const char* q, const Encoded* rows, int row, i
     };
     const char* from = q + size_t(row) * encoded_bytes(l);
     switch (l.format) {
-        case BF16: return tile_bf16<M, B>(l, reinterpret_cast<const bf16*>(from), block, shifted);
+        case BF16: return tile_bf16<M, B, false>(l, reinterpret_cast<const bf16*>(from), block, shifted);
+        case SPARSE: return tile_bf16<M, B, true>(l, reinterpret_cast<const bf16*>(from), block, shifted);
         case INT8: return tile_int8<M, B>(l, reinterpret_cast<const int8_t*>(from), rows + row, block, shifted);
         case GROUP4: return tile_groups<M, B, true>(l, reinterpret_cast<const int8_t*>(from), rows + row, block, shifted);
         default: return tile_groups<M, B, false>(l, reinterpret_cast<const int8_t*>(from), rows + row, block, shifted);
@@ -164,9 +201,9 @@ constexpr int TALL = 8, BROAD = 2;
 // All rows times `count` blocks of 16 outputs.
 template <class Store>
 inline void multiply(const Linear& l, const char* q, const Encoded* rows, int R, int block, int count, Store&& store) {
-    // One row is a matter of memory alone, which is read fastest in one stream. The order of a float sum is fixed, so in
-    // bf16 it takes four streams not to wait for each addition.
-    for (; R == 1 && l.format != BF16 && count > 0; ++block, --count) tile<1, 1>(l, q, rows, 0, block, store);
+    // One row is a matter of memory alone, which is read fastest in one stream. The order of a float sum is fixed, so of
+    // floats it takes four streams not to wait for each addition.
+    for (; R == 1 && !floats(l) && count > 0; ++block, --count) tile<1, 1>(l, q, rows, 0, block, store);
     for (; R == 1 && count >= 4; block += 4, count -= 4) tile<1, 4>(l, q, rows, 0, block, store);
     for (; count > 0; block += BROAD, count -= BROAD) {
         auto some = [&](auto m, int row) {

@@ -77,6 +77,44 @@ inline __m512i dot4(__m512i acc, __m512i w, __m512i x) {
 #endif
 }
 
+#if defined AXICON_AVX2 || !defined __AVX512VBMI2__
+// Of each mask of 8 bits, the bytes that bring the first values to their places; 128 and more make zeros.
+struct Places {
+    uint8_t bytes[256][16];
+    constexpr Places() : bytes() {
+        for (int mask = 0; mask < 256; ++mask)
+            for (int i = 0, from = 0; i < 8; ++i) {
+                const bool there = mask >> i & 1;
+                bytes[mask][2 * i] = there ? 2 * from : 255;
+                bytes[mask][2 * i + 1] = there ? 2 * from + 1 : 255;
+                from += there;
+            }
+    }
+};
+inline constexpr Places PLACES;
+#endif
+
+// Values of 16 bits, one for each bit of the mask, at the places of the bits; zeros elsewhere. Reads 64 bytes.
+inline __m512i expand(uint32_t mask, const bf16* from) {
+#if !defined AXICON_AVX2 && defined __AVX512VBMI2__
+    return _mm512_maskz_expand_epi16(mask, _mm512_loadu_si512(from));
+#else
+    auto eight = [&](int i) {
+        const int own = mask >> 8 * i & 255;
+        const __m128i values = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+        from += __builtin_popcount(own);
+        return _mm_shuffle_epi8(values, _mm_loadu_si128(reinterpret_cast<const __m128i*>(PLACES.bytes[own])));
+    };
+    const __m128i a = eight(0), b = eight(1), c = eight(2), d = eight(3);
+    const __m256i lo = _mm256_set_m128i(b, a), hi = _mm256_set_m128i(d, c);
+#ifdef AXICON_AVX2
+    return {lo, hi};
+#else
+    return _mm512_inserti64x4(_mm512_castsi256_si512(lo), hi, 1);
+#endif
+#endif
+}
+
 // Calls f(0), f(1), ... f(N-1) with compile-time indices, so that arrays of registers stay in registers.
 template <int N, class F>
 inline __attribute__((always_inline)) void unroll(F&& f) {

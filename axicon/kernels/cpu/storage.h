@@ -8,7 +8,7 @@ namespace axicon {
 
 constexpr int AHEAD = 4096;  // bytes: the distance at which memory answers in time
 
-enum Format : int32_t { BF16 = 0, INT8 = 1, GROUP4 = 2, GROUP8 = 3 };
+enum Format : int32_t { BF16 = 0, INT8 = 1, GROUP4 = 2, GROUP8 = 3, SPARSE = 4 };
 enum ScaleType : int32_t { SCALE_F16 = 0, SCALE_BF16 = 1, SCALE_F32 = 2 };
 
 struct Linear {
@@ -23,6 +23,7 @@ struct Linear {
     int32_t scale_type;     // ScaleType of the groups' scales
     int32_t zeros;          // whether groups have zeros of their own
     const int32_t* order;   // (K,) the input that each stored column multiplies, or null; groups only
+    const int64_t* start;   // (N / 16,) byte of `weight` at which a block of 16 outputs begins; sparse only
 };
 
 struct Outlier { int32_t k; float x; };
