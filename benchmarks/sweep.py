@@ -1,10 +1,9 @@
 """What 24 compressions of one model cost: `python benchmarks/sweep.py text=FILE [key=value ...]`.
 
-The same variants three times, each time into an empty folder: one after the other without sharing what is
-known of the sample, one after the other with it (`calibration.shared`), and two at a time with it. Every
-process has one thread and has imported all it needs before the clock starts; a variant is a call of `axicon
-compress` from reading the model to the finished directory, without measuring its quality. The results of the
-three are compared byte for byte. Processor seconds say what sharing saves on a machine that others use too;
+The same variants four times, each time into an empty folder: one after the other and two at a time, without
+sharing what is known of the sample and with it (`calibration.shared`). Every process has one thread and has
+imported all it needs before the clock starts; a variant is a call of `axicon compress` from reading the model
+to the finished directory, without measuring its quality. The results are compared byte for byte. Processor seconds say what sharing saves on a machine that others use too;
 what two at a time save is time by the clock, for which it has to be quiet.
 
 The model is cut to its first blocks, since all of it takes an hour. What a variant costs beside its blocks
@@ -62,7 +61,7 @@ class SweepBench(Recipe):
     window: int = Field(512, ge=2, description="tokens per window")
     skip: int = Field(0, ge=0, description="so many variants are left out first: a long run in pieces")
     only: int | None = Field(None, ge=1, description="so many variants; none: all that are left")
-    ways: Words = Field(("alone", "shared", "two"), description="what to run")
+    ways: Words = Field(("alone", "alone_two", "shared", "shared_two"), description="what to run")
     out: Path = Field(RESULTS, description="folder for the JSON file")
 
 
@@ -108,11 +107,11 @@ def make(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def way(bench: SweepBench, source: Path, folder: Path, name: str, variants: Sequence[Any]) -> dict[str, Any]:
-    """All variants in one of the three ways."""
-    workers = 2 if name == "two" else 1
+    """All variants in one of the four ways."""
+    workers = 2 if name.endswith("_two") else 1
     sample = {
         "text": bench.text, "windows": bench.windows, "window": bench.window, "inputs": "dense",
-        "shared": None if name == "alone" else folder / "shared",
+        "shared": folder / "shared" if name.startswith("shared") else None,
     }  # fmt: skip
     tasks = [
         {"model": str(source), "threads": 1, "measure": False, "compressor": one, "calibration": sample,
@@ -167,9 +166,10 @@ def notes(ways: Mapping[str, Any]) -> list[str]:
     with contextlib.suppress(KeyError):
         ratio = ways["alone"]["cpu_s"] / ways["shared"]["cpu_s"]
         said.append(f"sharing: {ratio:.2f} times less processor time")
-    with contextlib.suppress(KeyError):
-        ratio = ways["shared"]["wall_s"] / ways["two"]["wall_s"]
-        said.append(f"two at a time: {ratio:.2f} times faster than one after the other, both with sharing")
+    for name, how in (("alone", "without"), ("shared", "with")):
+        with contextlib.suppress(KeyError):
+            ratio = ways[name]["wall_s"] / ways[f"{name}_two"]["wall_s"]
+            said.append(f"two at a time, {how} sharing: {ratio:.2f} times faster than one after the other")
     return said
 
 
