@@ -3,8 +3,9 @@
 The same variants four times, each time into an empty folder: one after the other and two at a time, without
 sharing what is known of the sample and with it (`calibration.shared`). Every process has one thread and has
 imported all it needs before the clock starts; a variant is a call of `axicon compress` from reading the model
-to the finished directory, without measuring its quality. The results are compared byte for byte. Processor seconds say what sharing saves on a machine that others use too;
-what two at a time save is time by the clock, for which it has to be quiet.
+to the finished directory, without measuring its quality. The results are compared byte for byte. Processor
+seconds say what sharing saves on a machine that others use too; what two at a time save is time by the clock,
+for which it has to be quiet.
 
 The model is cut to its first blocks, since all of it takes an hour. What a variant costs beside its blocks
 weighs more then than it would, so sharing saves more in the whole model than here.
