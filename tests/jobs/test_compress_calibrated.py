@@ -222,20 +222,25 @@ class TestEnds:
         sample = {"text": str(prose), "activations": activations}
         run(dense, tmp_path / "want", calibration=sample)
         want = manifest(tmp_path / "want")["files"]
-        target, kept = tmp_path / "out" / "small", 0
+        target, said, quiet = tmp_path / "out" / "small", [], 0
         count = _operations(lambda: run(dense, target, calibration=sample))
         shutil.rmtree(target)
         # A run that goes on has fewer operations, so the n-th of a whole run is asked for with nothing kept.
         for number in range(1, count + 1, 7 if activations == "disk" else 17):
-            with failing(number), pytest.raises(AxiconError) as caught:
-                run(dense, target, calibration=sample)
-            assert "\n" not in str(caught.value)
-            kept += "; mend that and run the same command" in str(caught.value)
+            try:
+                with failing(number):
+                    run(dense, target, calibration=sample)
+                quiet += 1  # the cache of digests, which nobody needs
+            except AxiconError as error:
+                said.append(str(error))
             run(dense, target, calibration=sample)
             assert manifest(target)["files"] == want
             assert [path.name for path in target.parent.iterdir()] == ["small"]
             shutil.rmtree(target)
+        assert not any("\n" in text for text in said)
+        kept = sum("; mend that and run the same command" in text for text in said)
         assert kept > (5 if activations == "disk" else 1)
+        assert quiet < 2
 
     def test_failures_one_after_the_other(
         self, activations: str, dense: Path, prose: Path, tmp_path: Path
