@@ -143,7 +143,7 @@ def run(bench: SweepBench) -> dict[str, Any]:
     digests = {tuple(one["sha256"] for one in found["variants"]) for found in ways.values()}
     if len(digests) > 1:
         raise AxiconError("the results differ between the ways; sharing must not change a byte")
-    recipe = bench.model_dump(mode="json") | {"text": Path(bench.text).name}
+    recipe = bench.model_dump(mode="json", exclude={"out"}) | {"text": Path(bench.text).name}
     return {**surroundings(), "recipe": recipe, "settings": list(variants), "ways": ways}
 
 
