@@ -51,7 +51,7 @@ def test_decoding_beside_transformers(model: Path, tmp_path: Path) -> None:
     assert set(result["peers"]) == {"axicon", "transformers"}
     assert result["same_text"]["transformers"] == {"1": 1.0, "3": 1.0}
     for peer in result["peers"].values():
-        assert peer["weight_bytes"] == 4 * (400 * 32 + 2 * (32 * 32 * 3 + 32 * 48 * 3 + 2 * 32) + 32)
+        assert peer["weight_bytes"] == 4 * (400 * 32 + 2 * (32 * 128 * 3 + 32 * 48 * 3 + 2 * 32) + 32)
         for streams, row in peer["streams"].items():
             assert len(row["tokens_per_s_all"]) == 1
             assert row["step_s"] == pytest.approx(int(streams) / row["tokens_per_s"])

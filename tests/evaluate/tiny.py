@@ -48,6 +48,7 @@ def tiny_llama(positions: int = 64) -> LlamaForCausalLM:
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
+        head_dim=32,  # which the C++ kernels know
         max_position_embeddings=positions,
         bos_token_id=0,
         eos_token_id=1,
