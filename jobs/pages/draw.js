@@ -125,14 +125,16 @@ function thinned(scale, perCharacter) {
   return kept;
 }
 
-// From dark violet to yellow, as even in lightness as viridis: read without seeing hues.
+// From dark violet to yellow, as even in lightness as viridis: read without seeing hues. A share of the ink
+// keeps the violet visible on a dark card and the yellow on a light one.
 const RAMP = ["#472d7b", "#3b528b", "#2c728e", "#21918c", "#28ae80", "#5ec962", "#addc30", "#f1e51d"];
 function rampColour(share) {
   const place = Math.max(0, Math.min(1, share)) * (RAMP.length - 1),
     index = Math.min(RAMP.length - 2, Math.floor(place));
   const parts = (text) => [1, 3, 5].map((at) => parseInt(text.slice(at, at + 2), 16));
   const [one, two] = [parts(RAMP[index]), parts(RAMP[index + 1])];
-  return `rgb(${one.map((value, i) => Math.round(value + (two[i] - value) * (place - index))).join(",")})`;
+  const mixed = one.map((value, i) => Math.round(value + (two[i] - value) * (place - index))).join(",");
+  return `color-mix(in oklab, rgb(${mixed}) 72%, var(--ink))`;
 }
 
 // What a colour means: a strip with the ends of its range, as HTML.
@@ -141,14 +143,11 @@ function rampKey(label, scale) {
   const strip = svg(
     "svg",
     { width: 96, height: 10, "aria-hidden": "true" },
-    ...Array.from({ length: steps }, (_, i) =>
-      svg("rect", {
-        x: (i * 96) / steps,
-        width: 96 / steps + 0.5,
-        height: 10,
-        fill: rampColour(i / (steps - 1)),
-      }),
-    ),
+    ...Array.from({ length: steps }, (_, i) => {
+      const part = svg("rect", { x: (i * 96) / steps, width: 96 / steps + 0.5, height: 10 });
+      part.style.fill = rampColour(i / (steps - 1));
+      return part;
+    }),
   );
   return html(
     "span",
