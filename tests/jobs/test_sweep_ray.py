@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
+import threading
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
 
@@ -55,14 +59,35 @@ def test_a_sweep_of_finetunings_as_a_job_ends_bad_trials_early(cluster: TestClus
     assert not [line for line in said if "\r" in line or "\x1b" in line]
 
 
+def kill_a_trial(cluster: TestCluster, ledger: Path) -> None:
+    """Kill the process of a trial of the second generation as soon as there is one."""
+    holder = json.loads(next(Path(cluster.env["AXICON_STATE"]).glob("clusters/*.json")).read_text())["pid"]
+    end = time.monotonic() + 60
+    while time.monotonic() < end:
+        begun = [json.loads(line) for line in ledger.read_text().splitlines()] if ledger.exists() else []
+        if any(one.get("trial") == "0003" for one in begun):
+            for process in psutil.Process(holder).children(recursive=True):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    if " ".join(process.cmdline()).startswith("ray::ImplicitFunc.train"):
+                        process.kill()
+                        return
+        time.sleep(0.02)
+    raise AssertionError("no trial of the second generation ran")
+
+
 def test_a_population_in_actors_at_the_same_time_is_the_one_of_this_process(
     cluster: TestCluster, tmp_path: Path
 ) -> None:
+    """Though the process of a trial is killed on the way."""
     asked = finetuning(tmp_path, tmp_path / "here", {"method": "zo_sgd"})
     want = sweep.run(asked, Reporter(io.StringIO()), one_by_one).details
     there = asked.model_copy(update={"out": tmp_path / "there", "at_once": 2})
     (tmp_path / "sweep.yaml").write_text(there.as_yaml())
-    cluster.axicon("submit", "--cluster", cluster.name, "sweep", str(tmp_path / "sweep.yaml"))
+    killing = threading.Thread(target=kill_a_trial, args=(cluster, tmp_path / "there" / "ledger.jsonl"))
+    killing.start()
+    said = cluster.axicon("submit", "--cluster", cluster.name, "sweep", str(tmp_path / "sweep.yaml")).stdout
+    killing.join()
+    assert said.count("has lost its process and begins again") == 1
     found = json.loads((tmp_path / "there" / "sweep.json").read_text())
     assert found["best"] == want["best"]
     for one, other in zip(found["trials"], want["trials"], strict=True):
