@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import statistics
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -27,20 +28,21 @@ from axicon.distill.loop import LEAST_ALPHA, Distillation, Made, Rates
 from axicon.distill.networks import Network
 from axicon.distill.student import Matching
 from axicon.errors import AxiconError, RunFailed
-from axicon.finetune.log import MACHINE, NAME, Log
+from axicon.finetune.log import EARLIER, MACHINE, NAME, Log
 from axicon.model.artefact import claim, sha256, write_atomically
 from jobs.distill_data import Data, read
 from jobs.distill_experts import Asked, trained
 from jobs.distill_judge import Judge, Judgements
 from jobs.distill_output import write_result
 from jobs.distill_recipe import DistillRecipe
+from jobs.distill_start import CHECKPOINT, EXPERTS, JUDGED, start
 from jobs.progress import Reporter
 from jobs.report import Report, write_json
+from jobs.start_from import parts_of
 from jobs.stop import Stopped
 
 DEFAULT_OUT = Path("artifacts/distill")
 RESULT, RECIPE, SUMMARY = "result", "recipe.yaml", "run.json"
-CHECKPOINT, JUDGED = "checkpoint.safetensors", "judged.json"
 FLOOR = 1.01 * LEAST_ALPHA
 
 
@@ -57,10 +59,13 @@ def run(recipe: DistillRecipe, reporter: Reporter | None = None) -> Report:
     folder = folder_of(recipe)
     with claim(folder):
         job = Job.of(recipe, folder, reporter)
-        if (folder / NAME).exists():  # refused before anything of another run is written over
-            Log(folder / NAME, job.facts(), writes=False)
         reporter.say(job.data.note())
         try:
+            if recipe.start_from is not None:
+                start(job, recipe.start_from, folder)
+            job = dataclasses.replace(job, earlier=parts_of(folder, recipe.start_from))
+            if (folder / NAME).exists():  # refused before anything of another run is written over
+                Log(folder / NAME, job.facts(), writes=False)
             folder.mkdir(parents=True, exist_ok=True)
             write_atomically(folder / RECIPE, recipe.as_yaml())
             report = job.finish(*job.distil())
@@ -107,6 +112,8 @@ class Job:
     network: Network
     judge: Judge
     reporter: Reporter
+    earlier: Sequence[Mapping[str, Any]] = ()
+    """What the log says of the parts that `start_from` has brought."""
 
     @classmethod
     def of(cls, recipe: DistillRecipe, folder: Path, reporter: Reporter) -> Self:
@@ -121,6 +128,7 @@ class Job:
             **self.recipe.deciding(),
             "data": self.data.train.sha256(),
             MACHINE: self.machine(),
+            **({EARLIER: list(self.earlier)} if self.earlier else {}),
         }
 
     def machine(self) -> dict[str, Any]:
@@ -153,7 +161,7 @@ class Job:
             classes=len(self.data.train.classes),
             machine=self.machine(),
         )
-        folder = self.folder / "experts" if asked.folder is None else asked.folder.expanduser().absolute()
+        folder = self.folder / EXPERTS if asked.folder is None else asked.folder.expanduser().absolute()
         return trained(what, self.data.train, asked.count, folder, recipe.workers, self.reporter)
 
     def begin(self, experts: list[Tensor]) -> Examples:
@@ -223,21 +231,16 @@ class Job:
     def _restored(self, x: Tensor, log: Log) -> Made:
         """Where a checkpoint left off; the log forgets what came after it."""
         path = self.folder / CHECKPOINT
-        made = Made.begin(x, self.recipe.alpha)
-        if path.exists():
-            try:
-                with safe_open(path, framework="pt") as file:
-                    iterations = int((file.metadata() or {})["iterations"])
-                made = Made(**load_file(path), iterations=iterations)
-            except (OSError, KeyError, ValueError, TypeError, SafetensorError) as e:
-                raise AxiconError(
-                    f"{path}: damaged ({e}); remove it to begin again from the experts"
-                ) from None
-            if iterations > self.recipe.iterations:
-                raise AxiconError(
-                    f"iterations={self.recipe.iterations}: {self.folder} has gone {iterations} already; "
-                    "ask for as many or more, or give another out="
-                )
+        made = self.kept() or Made.begin(x, self.recipe.alpha)
+        if made.iterations > self.recipe.iterations:
+            raise AxiconError(
+                f"iterations={self.recipe.iterations}: {self.folder} has gone {made.iterations} already; "
+                "ask for as many or more, or give another out="
+            )
+        if self.earlier and made.iterations < self.earlier[-1]["until"]:
+            raise AxiconError(
+                f"{path}, which start_from brought, is gone; remove {self.folder} to begin again from there"
+            )
         if len(log.steps) < made.iterations:  # so nothing says which recipe the checkpoint is of
             raise AxiconError(
                 f"{log.path} has {len(log.steps)} iterations and {path.name} {made.iterations}: they do not "
@@ -245,6 +248,18 @@ class Job:
             )
         log.cut(made.iterations)
         return made
+
+    def kept(self) -> Made | None:
+        """What the checkpoint holds; None where there is none. Raises AxiconError for one that is damaged."""
+        path = self.folder / CHECKPOINT
+        if not path.exists():
+            return None
+        try:
+            with safe_open(path, framework="pt") as file:
+                iterations = int((file.metadata() or {})["iterations"])
+            return Made(**load_file(path), iterations=iterations)
+        except (OSError, KeyError, ValueError, TypeError, SafetensorError) as e:
+            raise AxiconError(f"{path}: damaged ({e}); remove it to begin again from the experts") from None
 
     def _refuse_standstill(self, made: Made) -> None:
         if float(made.alpha) < FLOOR:

@@ -76,7 +76,10 @@ def _about(job: Job, dataset: Dataset, made: Made) -> dict[str, Any]:
 
 def settings(job: Job, made: Made) -> dict[str, Any]:
     """All that decides the examples, flat, as `experts.lr`."""
-    return flat(job.recipe.deciding()) | {"iterations": made.iterations, "data": job.data.train.sha256()}
+    before = {"start_from": job.earlier[-1]["log"]} if job.earlier else {}
+    return flat(job.recipe.deciding()) | {
+        "iterations": made.iterations, "data": job.data.train.sha256(), **before
+    }  # fmt: skip
 
 
 def _card(job: Job, dataset: Dataset, made: Made, metrics: Mapping[str, float]) -> str:

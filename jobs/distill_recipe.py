@@ -110,14 +110,20 @@ class DistillRecipe(Recipe):
     threads: int = Field(1, ge=1, le=1024, description="compute threads of a process; networks are small")
     seed: int = Field(0, ge=0, description="of everything random")
     checkpoint_every: int = Field(50, ge=1, description="iterations from one checkpoint to the next")
+    start_from: Path | None = Field(
+        None, description="folder of a run whose end this one begins from, with other rates or another walk"
+    )
     out: Path | None = Field(None, description="folder of the run; none: artifacts/distill/DATA-ipc-...")
 
     def deciding(self) -> dict[str, Any]:
         """What decides the bits of what is made, beside data and machine."""
         kept: dict[str, Any] = self.model_dump(
             mode="json",
-            exclude={"data", "text", "judge", "iterations", "workers", "threads", "checkpoint_every", "out"},
-        )
+            exclude={
+                "data", "text", "judge", "iterations", "workers", "threads", "checkpoint_every", "start_from",
+                "out",
+            },
+        )  # fmt: skip
         kept["experts"].pop("folder")
         kept["network"] = {"method": self.network.method, **dataclasses.asdict(self.architecture())}
         return kept

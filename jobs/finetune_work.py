@@ -39,6 +39,7 @@ from jobs.finetune_data import read as read_data
 from jobs.finetune_parts import Part
 from jobs.finetune_recipe import FinetuneRecipe
 from jobs.progress import Reporter
+from jobs.start_from import parts_of
 
 EVALUATIONS, COST = "evaluations.json", "cost.json"
 
@@ -102,11 +103,7 @@ class Trainee:
         """The same, with what the log in a folder says of parts that another run has taken. Raises
         AxiconError.
         """
-        header = read(folder / NAME)[0] if (folder / NAME).exists() else {}
-        if header and bool(header.get(EARLIER)) != (self.recipe.start_from is not None):
-            wants = "give its start_from" if header.get(EARLIER) else "leave out start_from"
-            raise AxiconError(f"{folder / NAME} is the log of another run: {wants}, or another out=")
-        found = (Part.of(facts, self.recipe.rule) for facts in header.get(EARLIER, ()))
+        found = (Part.of(facts, self.recipe.rule) for facts in parts_of(folder, self.recipe.start_from))
         return dataclasses.replace(self, earlier=tuple(found))
 
     def schedule(self) -> Schedule:

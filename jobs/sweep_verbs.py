@@ -142,6 +142,7 @@ def _distill() -> Verb:
     from axicon.distill.networks import NETWORKS
     from jobs import distill
     from jobs.distill_recipe import DistillRecipe
+    from jobs.distill_start import VARY
 
     return Verb(
         name="distill",
@@ -151,6 +152,13 @@ def _distill() -> Verb:
         objectives={"accuracy": "max"},
         check=lambda recipe: void(recipe.network.build(NETWORKS, "network")),
         has_steps=True,
+        goes_on=GoesOn(
+            start="start_from",
+            steps="iterations",
+            varies=VARY,
+            fixed={},
+            needs={"start_from": (None, "decides itself what trials begin from")},
+        ),
         fixed={"workers": 0},
     )
 

@@ -116,7 +116,7 @@ def test_a_kill_while_it_begins_or_later_changes_no_bit(
     finetune.run(recipe(place, tmp_path / "a", rule=ADAMW, steps=2))
     asked = {"rule": ADAMW | {"lr": 2e-2}, "start_from": tmp_path / "a"}
     want = finetune.run(recipe(place, tmp_path / "want", **asked))
-    for place_of_kill in ("write_atomically", "first_line", "_copy"):
+    for place_of_kill in ("write_atomically", "first_line", "copy_whole"):
         with monkeypatch.context() as patch:
             patch.setattr(finetune_start, place_of_kill, killed)
             with pytest.raises(Killed):
