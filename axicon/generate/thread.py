@@ -6,7 +6,6 @@ instead of 85 steps per second, measured), and a second OpenMP pool exceeds the 
 
 from __future__ import annotations
 
-import gc
 import logging
 import threading
 import time
@@ -21,6 +20,7 @@ from axicon.generate.engine import Engine
 from axicon.generate.request import Delta, EngineStats, FinishReason, Overloaded, Request, RequestError
 from axicon.generate.runner import LocalRunner
 from axicon.generate.watchdog import ThreadPolicy
+from axicon.model.machine import leave_alone
 
 log = logging.getLogger("axicon")
 
@@ -141,8 +141,7 @@ class EngineThread:
             engine = self._engine = self._make_engine()
             self._policy = ThreadPolicy(torch.get_num_threads()) if self._watchdog else None
             # What loading left behind is never looked at again: a full collection would last many steps.
-            gc.collect()
-            gc.freeze()
+            leave_alone()
             self._ready.set()
             while self._receive(engine):
                 self._deliver(engine.step())

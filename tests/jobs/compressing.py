@@ -19,12 +19,12 @@ INT8 = {"method": "llm_int8", "relative": 5.0}
 LAYERS = 3
 
 
-def dense_model(folder: Path) -> Path:
+def dense_model(folder: Path, width: int = 96) -> Path:
     """Its widths are those the C++ kernels take; with a tied head and a tokenizer."""
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=272, hidden_size=96, intermediate_size=160, num_hidden_layers=LAYERS,
-        num_attention_heads=6, num_key_value_heads=2, head_dim=32, max_position_embeddings=256,
+        vocab_size=272, hidden_size=width, intermediate_size=width + 64, num_hidden_layers=LAYERS,
+        num_attention_heads=width // 16, num_key_value_heads=2, head_dim=32, max_position_embeddings=256,
         tie_word_embeddings=True, bos_token_id=None, eos_token_id=256, initializer_range=0.15,
     )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(folder)

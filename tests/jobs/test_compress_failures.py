@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import io
 import json
 import multiprocessing
@@ -18,6 +17,7 @@ import pytest
 
 from axicon.errors import AxiconError, RunFailed
 from axicon.model.artefact import claim
+from axicon.model.machine import leave_alone
 from axicon.recipe import CompressRecipe
 from jobs import compress, stop
 from tests.faults import failing, failures
@@ -183,7 +183,7 @@ def _kill_at_some_points(dense: Path, tmp_path: Path) -> None:
 
 
 def _forked(action: Callable[[], object]) -> int:
-    gc.freeze()  # so that it does not look through all that was imported, each time it returns memory
+    leave_alone()  # so that it does not look through all that was imported, each time it returns memory
     process = multiprocessing.get_context("fork").Process(target=action)
     process.start()
     process.join()
