@@ -28,7 +28,8 @@ serve: setup  ## Serve MODEL (the embedded one by default) on PORT; Ctrl-C stops
 	@exec $(BIN)/axicon serve $(MODEL) port=$(PORT) $(ARGS)
 
 test: setup  ## Run the tests, in JOBS processes (2)
-	$(BIN)/pytest --numprocesses $(JOBS) --no-loadscope-reorder $(ARGS)
+	@# Hundreds of processes import the same modules: what one has compiled is kept, whatever the shell says of it.
+	PYTHONDONTWRITEBYTECODE= $(BIN)/pytest --numprocesses $(JOBS) --no-loadscope-reorder $(ARGS)
 
 test-ray: setup  ## Run only the tests that start Ray
 	$(BIN)/pytest -m ray $(ARGS)
