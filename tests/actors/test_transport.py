@@ -14,6 +14,7 @@ import torch
 
 from actors.transport import INLINE, LOOK_S, Lost, Op, RankFailed, Transport, open_meeting
 from axicon.step import StepInput
+from tests import forkserver
 from tests.actors.peer import follow, listening
 
 Pair = tuple[Transport, multiprocessing.process.BaseProcess]
@@ -23,13 +24,11 @@ Pair = tuple[Transport, multiprocessing.process.BaseProcess]
 def pair() -> Iterator[Callable[..., Pair]]:
     """Rank 0 here and rank 1 in another process, with this time-out."""
     started: list[Pair] = []
-    spawn = multiprocessing.get_context("spawn")
 
     def start(timeout_s: float = 60.0) -> Pair:
         meeting, store = open_meeting(2, "127.0.0.1", timeout_s)
-        ready = spawn.Event()
-        process = spawn.Process(target=follow, args=(meeting, ready))
-        process.start()
+        ready = forkserver.context().Event()
+        process = forkserver.started(follow, meeting, ready)
         assert ready.wait(60)
         started.append((Transport(meeting, 0, store), process))
         return started[-1]

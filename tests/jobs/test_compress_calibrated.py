@@ -26,6 +26,7 @@ from jobs import compress
 from jobs.progress import Reporter
 from jobs.report import Report
 from jobs.stop import Stopped, stop_on_signal
+from tests import forkserver
 from tests.faults import failing, failures
 from tests.jobs.compressing import LAYERS, dense_model
 
@@ -260,9 +261,7 @@ class TestEnds:
         self, activations: str, dense: Path, prose: Path, tmp_path: Path
     ) -> None:
         """In processes forked by one that has loaded torch and computed nothing."""
-        context = multiprocessing.get_context("spawn")
-        process = context.Process(target=_end_at_some_points, args=(activations, dense, prose, tmp_path))
-        process.start()
+        process = forkserver.started(_end_at_some_points, activations, dense, prose, tmp_path)
         process.join()
         assert process.exitcode == 0
 
@@ -270,9 +269,7 @@ class TestEnds:
 @pytest.mark.parametrize("method", OTHERS, ids=lambda method: method["method"])
 def test_other_methods_killed(method: dict[str, Any], dense: Path, prose: Path, tmp_path: Path) -> None:
     """Their scaled norms are in the finished blocks, from which the states of the next are computed again."""
-    process = multiprocessing.get_context("spawn").Process(
-        target=_kill_at_some_points, args=(method, dense, prose, tmp_path))
-    process.start()
+    process = forkserver.started(_kill_at_some_points, method, dense, prose, tmp_path)
     process.join()
     assert process.exitcode == 0
 

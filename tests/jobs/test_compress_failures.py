@@ -20,6 +20,7 @@ from axicon.model.artefact import claim
 from axicon.model.machine import leave_alone
 from axicon.recipe import CompressRecipe
 from jobs import compress, stop
+from tests import forkserver
 from tests.faults import failing, failures
 from tests.jobs.compressing import INT8, dense_model, prose, run
 
@@ -163,9 +164,7 @@ class TestFailures:
 
     def test_killed_or_stopped_anywhere(self, dense: Path, tmp_path: Path) -> None:
         """In processes forked by one that has loaded torch and computed nothing."""
-        context = multiprocessing.get_context("spawn")
-        process = context.Process(target=_kill_at_some_points, args=(dense, tmp_path))
-        process.start()
+        process = forkserver.started(_kill_at_some_points, dense, tmp_path)
         process.join()
         assert process.exitcode == 0
 
