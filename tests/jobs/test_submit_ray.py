@@ -27,7 +27,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_model(folder / "tiny", make_tokenizer())
     (folder / "text.txt").write_text(PROSE * 8)
     (folder / "sst2").mkdir()
-    records = [{"sentence": f"film {n} was {n * n} times a film .", "label": n % 2} for n in range(4000)]
+    records = [{"sentence": f"film {n} was {n * n} times a film .", "label": n % 2} for n in range(2000)]
     (folder / "sst2" / "dev.jsonl").write_text("\n".join(json.dumps(record) for record in records))
     return folder
 
@@ -102,7 +102,7 @@ def test_a_stopped_job_is_no_success_and_goes_on_when_it_is_submitted_again(
     assert "stopped-2 succeeded" in again.stdout
     assert f"going on from {kept}" in again.stdout
     assert not kept.exists()
-    assert results(folder / "out")["results"]["sst2"]["sample_len"] == 4000
+    assert results(folder / "out")["results"]["sst2"]["sample_len"] == 2000
     assert cluster.axicon(*asked).stdout == "stopped-2 has succeeded already; --again runs it once more\n"
     listed = cluster.axicon("submit", "--cluster", cluster.name, "--list").stdout.splitlines()
     ends = [line.split()[:2] for line in listed if line.startswith("stopped")]
