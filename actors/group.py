@@ -190,13 +190,13 @@ class ShardGroup:
             for bundle in range(len(self.plan) - 1)
         ]
         for rank, theirs in self._results([shard.versions.remote() for shard in self._shards], deadline):
-            check_alike(self._name(rank), versions(), theirs)
+            self._compare(rank, versions(), theirs)
         parts = [replace(settings, first=one.first, last=one.last) for one in self.plan.stages]
         loading = [shard.load.remote(part) for shard, part in zip(self._shards, parts[1:], strict=True)]
         self._runner = parts[0].runner()
         stages = [loaded(self._runner)]
         for rank, stage in self._results(loading, deadline):
-            check_alike(self._name(rank), *({"model": str(one.facts["model"])} for one in (stages[0], stage)))
+            self._compare(rank, *({"model": str(one.facts["model"])} for one in (stages[0], stage)))
             stages.append(stage)
         self._runner.limit(min(stage.slots for stage in stages))
         self._capacity = replace(
@@ -232,6 +232,14 @@ class ShardGroup:
             except GetTimeoutError:
                 raise RunFailed(f"{self._name(rank)}: not ready in time, raise start_timeout_s") from None
         return found
+
+    def _compare(self, rank: int, ours: Mapping[str, str], theirs: Mapping[str, str]) -> None:
+        for what, value in ours.items():
+            if theirs.get(what) != value:
+                raise AxiconError(
+                    f"{self._name(rank)} has {what} {theirs.get(what)}, this process {value}; install "
+                    "the same versions and the same model on every machine"
+                )
 
     def _beat(self) -> None:
         """Show the shards that rank 0 is there while no step comes, and notice when one of them is not."""
@@ -278,16 +286,6 @@ class ShardGroup:
 
     def _name(self, rank: int) -> str:
         return f"shard {rank} (blocks {self.plan.stages[rank]})"
-
-
-def check_alike(name: str, ours: Mapping[str, str], theirs: Mapping[str, str]) -> None:
-    """Raises AxiconError where the shard called `name` has not all that this process has."""
-    for what, value in ours.items():
-        if theirs.get(what) != value:
-            raise AxiconError(
-                f"{name} has {what} {theirs.get(what)}, this process {value}; install the same versions and "
-                "the same model on every machine"
-            )
 
 
 def _merged(facts: Sequence[Mapping[str, object]]) -> dict[str, object]:

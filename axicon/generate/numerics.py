@@ -27,8 +27,8 @@ COUNTS = (*range(1, 21), 24, 31, 32, 33, 48, 63, 64, 65, 96, 128, 129, 192, 256,
 TILE_LIMIT = 64
 MOST_PROBED = 1024
 FEW = 4
-COMPARED, COMPARED_WIDE = 1 << 16, 1 << 12
-"""Numbers that are compared for so few rows, at least: in bfloat16, and in float32 or wider."""
+COMPARED = 1 << 16
+"""Numbers that are compared for so few rows, at least."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,17 +122,16 @@ def _block_function(decoder: Decoder, block: Block) -> RowFunction:
 class _Probe:
     """Compares a row-wise function at smaller row counts with the same rows, elsewhere, of a long one.
 
-    A sum in another order seldom rounds to another bit in bfloat16, once in ten thousand; in float32 every
-    few numbers show it. So a few rows, which kernels like to treat in their own way, are tried at many
-    places, and with turned channels until enough numbers were compared.
+    A sum in another order seldom rounds to another bit, in bfloat16 once in ten thousand. So a few rows,
+    which kernels like to treat in their own way, are tried at many places, and with turned channels until
+    enough numbers were compared.
     """
 
     def __init__(self, call: RowFunction, x: Tensor, positions: Tensor) -> None:
         self._call, self._x, self._positions = call, x, positions
         self.rows = len(x)
         self._long = [call(x.clone(), positions)]
-        compared = COMPARED if x.dtype.itemsize < 4 else COMPARED_WIDE
-        self._enough = -(-compared // self._long[0][0].numel())
+        self._enough = -(-COMPARED // self._long[0][0].numel())
         """Rows that hold so many numbers."""
         self._agrees: dict[int, bool] = {}
 

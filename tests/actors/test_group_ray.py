@@ -101,4 +101,5 @@ def test_what_cannot_start_is_one_line(found: dict[str, Any]) -> None:
     assert refused["stages"].startswith("AxiconError: 4 stages for a model of 3 blocks")
     assert refused["plan"].startswith("ValueError: plan 2x1: 0-0, 1-1: not the model's 3 blocks")
     assert refused["cache"].startswith("AxiconError: shard 1 (blocks 1-2): the KV cache may take 0 MiB")
+    assert "shard 1 (blocks 2-2) has axicon 0.1.0, this process 0.0.0; install the same" in refused["version"]
     assert "this process another; install the same versions and the same model" in refused["digest"]

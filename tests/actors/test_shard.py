@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,8 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from actors.group import check_alike
-from actors.shard import Shard, StageSettings, versions
+from actors.shard import Shard, StageSettings
 from actors.transport import Lost, Op, RankFailed, Transport, open_meeting
 from axicon.errors import AxiconError
 from axicon.generate.runner import LocalRunner
@@ -134,13 +132,3 @@ def test_what_cannot_be_loaded_is_one_line(tmp_path: Path) -> None:
         shard.load(StageSettings(model=str(tmp_path / "nothing"), first=0, last=1))
     with pytest.raises(RuntimeError, match="join before load"):
         shard.join(open_meeting(2, "127.0.0.1", 1.0)[0], 1)
-
-
-def test_another_version_of_anything_is_told() -> None:
-    check_alike("shard 1", versions(), versions())
-    for what, value in versions().items():
-        said = f"^shard 1 has {what} other, this process {re.escape(value)}; install the same"
-        with pytest.raises(AxiconError, match=said):
-            check_alike("shard 1", versions(), versions() | {what: "other"})
-    with pytest.raises(AxiconError, match="shard 1 has axicon None, this process"):
-        check_alike("shard 1", versions(), {})

@@ -224,6 +224,8 @@ def refusals(model: Path) -> dict[str, object]:
         # Enough for one block's keys and values of a short request, not for those of two blocks.
         "cache": start(uneven, kv_bytes=20_000),
     }
+    with patched(actors.shard, "__version__", "0.0.0"):
+        found["version"] = start()
     with patched(checkpoint, "digest", lambda _: "another"):
         found["digest"] = start()
     return found | {"placed": placed()}

@@ -49,17 +49,15 @@ def test_rows_that_depend_on_their_place_are_found():
     assert _smallest_tile([_Probe(call, torch.randn(320, 48), torch.arange(320))]) == 16
 
 
-@pytest.mark.parametrize(("dtype", "every"), [(torch.bfloat16, 5003), (torch.float32, 307)])
-def test_a_bit_that_changes_seldom_is_found(dtype, every):
-    """As where one row is summed in another order: one in thousands of numbers shows it, or in hundreds."""
+def test_a_bit_that_changes_seldom_is_found():
+    """As where one row is summed in another order: one in thousands of numbers shows it."""
 
     def call(x, positions):
-        y = x.float() * torch.linspace(1, 2, x.shape[1])
-        seldom = (y.view(torch.int32) % every == 0) if len(y) in (1, 3) else torch.zeros_like(y).bool()
-        return torch.where(seldom, y * 1.02, y).to(dtype)
+        y = x * torch.linspace(1, 2, x.shape[1])
+        seldom = (y.view(torch.int32) % 5003 == 0) if len(y) in (1, 3) else torch.zeros_like(y).bool()
+        return torch.where(seldom, torch.nextafter(y, y + 1), y)
 
-    x = torch.randn(64, 48).to(dtype)
-    assert _smallest_tile([_Probe(call, x, torch.arange(64))]) == 2
+    assert _smallest_tile([_Probe(call, torch.randn(64, 48), torch.arange(64))]) == 2
 
 
 def test_path_covers_blocks_and_head(make_decoder):

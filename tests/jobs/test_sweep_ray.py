@@ -61,7 +61,8 @@ def test_a_sweep_of_finetunings_as_a_job_ends_bad_trials_early(cluster: TestClus
 
 def kill_a_trial(cluster: TestCluster, ledger: Path) -> None:
     """Kill the process of a trial of the second generation as soon as there is one."""
-    holder = json.loads(next(Path(cluster.env["AXICON_STATE"]).glob("clusters/*.json")).read_text())["pid"]
+    state = Path(cluster.env["AXICON_STATE"]) / "clusters" / f"{cluster.name}.json"
+    holder = json.loads(state.read_text())["pid"]
     end = time.monotonic() + 60
     while time.monotonic() < end:
         begun = [json.loads(line) for line in ledger.read_text().splitlines()] if ledger.exists() else []
